@@ -1,0 +1,1 @@
+"""An asyncio work queue over RabbitMQ."""
