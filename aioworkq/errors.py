@@ -73,6 +73,8 @@ class TopologyError(WorkQueueError):
         expected: What we asked for, by field.
         actual: What the broker has, by field; empty when it has nothing of that name.
         reason: The broker's own words.
+        code: AMQP's reply code: 403 no permission, 404 not there, 405 held by another
+            connection, 406 declared otherwise; None if the broker was not asked.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class TopologyError(WorkQueueError):
         name: str,
         *,
         reason: str,
+        code: int | None = None,
         expected: dict[str, object] | None = None,
         actual: dict[str, object] | None = None,
         advice: str = "",
     ) -> None:
         self.name = name
         self.reason = reason
+        self.code = code
         self.expected = expected or {}
         self.actual = actual or {}
         self.advice = advice

@@ -1,0 +1,438 @@
+"""A connection to RabbitMQ that comes back by itself, and the channels opened on it.
+
+aio-pika's `RobustConnection` is the reconnecting transport, used through its public names only:
+built as an object so that a cancelled connect can be closed, ``fail_fast`` off so that its loop
+owns every attempt, its ``url`` and ``reconnect_interval`` set from its own ``close_callbacks`` to
+rotate hosts with a jittered backoff. Its robust channels, queues and consumers are not used: they
+cancel handlers, hang and go deaf (``docs/explanation/internals.md``). Plain aiormq channels are
+opened on the transport instead, and every call on them is bounded and raced against their end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import ssl
+from typing import TYPE_CHECKING, Any, Final
+
+from aio_pika import RobustConnection
+from aiormq import exceptions as aiormq_errors
+
+from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
+from aioworkq.amqp.subscription import AmqpSubscription
+from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal
+from aioworkq.amqp.transport import BoundedTransportFactory
+from aioworkq.amqp.url import display, parse_urls
+from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, Wire, encode
+from aioworkq.errors import AccessRefusedError, ConnectionLostError, TopologyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from aiormq.abc import AbstractChannel, AbstractConnection
+
+    from aioworkq.broker import Incoming, Subscription
+    from aioworkq.message import Message
+    from aioworkq.topology import Declaration
+
+_log = logging.getLogger("aioworkq")
+
+_BACKOFF_FIRST: Final = 0.1
+_BACKOFF_MAX: Final = 5.0
+_SETTLED_AFTER: Final = 5.0
+"""A connection that lived so many seconds was a good one: the backoff starts anew after it."""
+_ABORT_GRACE: Final = 1.0
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)")
+_FORBIDDEN: Final = frozenset({403, 530})
+
+
+class AmqpConnection:
+    """The `aioworkq.broker.Connection` of RabbitMQ.
+
+    Args:
+        urls: One URL, or several hosts of one cluster, tried in turn.
+        name: Shown in RabbitMQ's list of connections.
+        heartbeat: Seconds; a dead peer is noticed after three times as many, plus three.
+        connect_timeout: Seconds for one attempt, the AMQP handshake included.
+        ssl_context: For ``amqps://``; None for the system's certificate authorities.
+        max_message_size: Bodies may have so many bytes.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        name: str,
+        heartbeat: int,
+        connect_timeout: float,
+        ssl_context: ssl.SSLContext | None,
+        max_message_size: int,
+    ) -> None:
+        self._urls = parse_urls(urls)
+        self._name = name
+        self._heartbeat = heartbeat
+        self._connect_timeout = connect_timeout
+        self._ssl_context = ssl_context
+        self._max_message_size = max_message_size
+        self._transport = BoundedTransportFactory(timeout=connect_timeout)
+        self._robust: RobustConnection | None = None
+        self._current: AbstractConnection | None = None
+        self._changed: asyncio.Event | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._attempt_ended: asyncio.Event | None = None
+        self._failures = 0
+        self._refusals = 0
+        self._connected_at = 0.0
+        self._connects = 0
+        self._last_error = ""
+        self._refused: ConnectionLostError | None = None
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        hosts = ", ".join(display(url) for url in self._urls)
+        return f"<AmqpConnection {self._name!r} to {hosts}>"
+
+    async def start(self) -> None:
+        """Begin to connect; does not wait for it."""
+        if self._robust is not None or self._is_closed:
+            return
+        self._changed = asyncio.Event()
+        self._attempt_ended = asyncio.Event()
+        query = {"heartbeat": str(self._heartbeat)}
+        self._urls = tuple(url.with_query({**query, **url.query}) for url in self._urls)
+        robust = RobustConnection(
+            self._urls[0],
+            ssl_context=self._ssl_context,
+            client_properties={"connection_name": self._name, "product": "aioworkq"},
+            fail_fast="0",
+            reconnect_interval=_BACKOFF_FIRST,
+        )
+        robust.kwargs["transport_factory"] = self._transport
+        robust.close_callbacks.add(self._on_attempt_ended)
+        self._robust = robust
+        loop = asyncio.get_running_loop()
+        self._tasks = [
+            loop.create_task(self._connect(robust), name="aioworkq connects"),
+            loop.create_task(self._watch(robust), name="aioworkq watches its connection"),
+        ]
+
+    async def _connect(self, robust: RobustConnection) -> None:
+        await robust.connect(timeout=self._connect_timeout)
+
+    async def _watch(self, robust: RobustConnection) -> None:
+        """Follow the transport from connection to connection."""
+        ended = self._attempt_ended
+        if ended is None:  # pragma: no cover - start() made it
+            return
+        while True:
+            await robust.connected.wait()
+            # Cleared before looking: an end after this point sets it again.
+            ended.clear()
+            transport = robust.transport
+            if transport is None or not robust.connected.is_set():
+                await asyncio.sleep(0)
+                continue
+            connection = transport.connection
+            self._set_connected(connection)
+            closing = connection.closing
+            closing.add_done_callback(self._on_closing)
+            await ended.wait()
+            self._set_lost("")
+
+    def _on_closing(self, future: asyncio.Future[Any]) -> None:
+        self._set_lost(describe(closing_exception(future)))
+
+    def _on_attempt_ended(self, _: object, exc: BaseException | None) -> None:
+        """Choose host and pause for the next attempt; called for each failure and each loss."""
+        robust, ended = self._robust, self._attempt_ended
+        if robust is None or ended is None:  # pragma: no cover - start() made them
+            return
+        was_connected = self._connects > 0 and self._connected_at > 0
+        if was_connected:
+            lived = asyncio.get_running_loop().time() - self._connected_at
+            self._connected_at = 0.0
+            self._failures = 0 if lived >= _SETTLED_AFTER else self._failures + 1
+        else:
+            self._failures += 1
+        if self._is_closed:
+            ended.set()
+            return
+        self._judge(exc, was_connected=was_connected)
+        hosts = len(self._urls)
+        robust.url = self._urls[self._failures % hosts]
+        rounds = self._failures // hosts
+        pause = min(_BACKOFF_MAX, _BACKOFF_FIRST * 2.0 ** min(rounds, 20))
+        if self._failures % hosts and hosts > 1:
+            pause = _BACKOFF_FIRST
+        robust.reconnect_interval = pause * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        self._set_lost(self._last_error)
+        ended.set()
+
+    def _judge(self, exc: BaseException | None, *, was_connected: bool) -> None:
+        """Remember why an attempt failed, and whether another one can ever succeed."""
+        reason = describe(exc)
+        if was_connected:
+            self._last_error = reason
+            self._refusals = 0
+            return
+        refusal_text: str | None = None
+        refused = self._transport.refusal()
+        if refused is not None:
+            reason = refused[1]
+            if refused[0] in _FORBIDDEN:
+                refusal_text = reason
+        elif isinstance(exc, aiormq_errors.ProbableAuthenticationError):
+            refusal_text = reason
+        elif isinstance(exc, aiormq_errors.AuthenticationError):
+            refusal_text = reason = "no authentication mechanism is common to both sides"
+        self._last_error = reason
+        self._refusals = self._refusals + 1 if refusal_text is not None else 0
+        where = display(self._robust.url) if self._robust is not None else "RabbitMQ"
+        what = f"connecting to {where}"
+        if refusal_text is not None and self._refusals >= len(self._urls):
+            self._refuse(AccessRefusedError(what, reason=refusal_text))
+        elif self._connects == 0 and len(self._urls) == 1 and _is_tls_refusal(exc):
+            self._refuse(ConnectionLostError(what, reason=reason))
+
+    def _refuse(self, error: ConnectionLostError) -> None:
+        self._refused = error
+        self._notify()
+
+    def _set_connected(self, connection: AbstractConnection) -> None:
+        self._transport.end_handshake()
+        self._current = connection
+        self._connects += 1
+        self._refusals = 0
+        self._connected_at = asyncio.get_running_loop().time()
+        self._notify()
+
+    def _set_lost(self, reason: str) -> None:
+        if self._current is not None:
+            self._current = None
+            self._last_error = reason or self._last_error
+            self._notify()
+
+    def _notify(self) -> None:
+        if self._changed is not None:
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def wait_connected(self) -> None:
+        """Wait until it is usable; see the protocol."""
+        while True:
+            if self._refused is not None:
+                raise self._refused
+            if self._is_closed:
+                raise ConnectionLostError("connecting to RabbitMQ", reason="this side closed it")
+            if self._current is not None and not self._current.is_closed:
+                return
+            if self._changed is None:  # pragma: no cover - a bug of the library
+                raise RuntimeError("the connection was not started.")
+            await self._changed.wait()
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it is usable, as far as is known."""
+        return self._current is not None and not self._current.is_closed
+
+    @property
+    def is_blocked(self) -> bool:
+        """Whether the broker blocks publishers (memory or disk alarm).
+
+        aiormq tells only through ``ready()``, which waits while the connection is blocked: it is
+        asked without waiting, by taking its first step.
+        """
+        connection = self._current
+        if connection is None or connection.is_closed:
+            return False
+        probe = connection.ready()
+        try:
+            probe.send(None)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        except StopIteration:
+            return False
+        probe.close()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        return True
+
+    @property
+    def reconnects(self) -> int:
+        """How often it came back after a loss."""
+        return max(0, self._connects - 1)
+
+    @property
+    def last_error(self) -> str:
+        """Why it was last lost or not made; empty if neither happened."""
+        return self._last_error
+
+    @property
+    def counts_nacks(self) -> bool:
+        """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
+        connection = self._current
+        if connection is None:
+            return True
+        version = str(getattr(connection, "server_properties", {}).get("version", ""))
+        found = _VERSION.match(version)
+        return found is None or (int(found[1]), int(found[2])) < (4, 3)
+
+    def prepare(self, message: Message) -> Wire:
+        """Encode all that does not depend on a channel; see the protocol."""
+        return encode(
+            message,
+            frame_max=self._frame_max,
+            max_message_size=self._max_message_size,
+        )
+
+    @property
+    def _frame_max(self) -> int:
+        tune = getattr(self._current, "connection_tune", None)
+        return int(tune.frame_max or DEFAULT_FRAME_MAX) if tune is not None else DEFAULT_FRAME_MAX
+
+    def _require(self, what: str) -> AbstractConnection:
+        if self._refused is not None:
+            raise self._refused
+        if self._current is None or self._current.is_closed:
+            raise ConnectionLostError(what, reason=self._last_error)
+        return self._current
+
+    async def _open_channel(
+        self,
+        what: str,
+        *,
+        confirms: bool,
+        frame_buffer: int,
+        timeout: float,
+    ) -> AbstractChannel:
+        connection = self._require(what)
+        opening = connection.channel(
+            publisher_confirms=confirms,
+            frame_buffer_size=frame_buffer,
+            timeout=timeout,
+        )
+        try:
+            return await guarded(opening, connection, timeout=timeout, what=what)
+        except aiormq_errors.ChannelClosed as exc:
+            raise ConnectionLostError(what, reason=describe(exc)) from exc
+
+    async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
+        """Declare what does not exist yet; see the protocol."""
+        async with asyncio.timeout(None) as scope:
+            scope.reschedule(asyncio.get_running_loop().time() + timeout)
+            for declaration in declarations:
+                await self._declare_one(declaration, timeout=timeout)
+
+    async def _declare_one(self, declaration: Declaration, *, timeout: float) -> None:
+        name = declaration.name
+        what = f"declaring queue {name!r}"
+        try:
+            await self._queue_declare(name, what=what, passive=True, arguments=None, timeout=timeout)
+        except TopologyError as exc:
+            if exc.code != 404:  # noqa: PLR2004 - AMQP's NOT_FOUND
+                if exc.code == 403 and declaration.if_missing != "create":  # noqa: PLR2004
+                    return  # who may not look may still consume: the consumer will tell
+                raise
+            if declaration.if_missing == "fail":
+                raise
+            if declaration.if_missing == "warn":
+                _log.warning("%s Messages that are given up will go back to their queue.", exc)
+                return
+        else:
+            return
+        arguments = dict(declaration.arguments)
+        await self._queue_declare(
+            name,
+            what=what,
+            passive=False,
+            arguments=arguments,
+            timeout=timeout,
+        )
+
+    async def _queue_declare(
+        self,
+        name: str,
+        *,
+        what: str,
+        passive: bool,
+        arguments: dict[str, Any] | None,
+        timeout: float,
+    ) -> None:
+        """Declare on a channel of its own: a refusal closes it."""
+        channel = await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
+        try:
+            call = channel.queue_declare(
+                name,
+                passive=passive,
+                durable=True,
+                arguments=arguments,
+            )
+            await guarded(call, channel, timeout=timeout, what=what)
+        except aiormq_errors.ChannelClosed as exc:
+            raise refusal(exc, name, what=what, asked=arguments) from exc
+        finally:
+            await close_bounded(channel, timeout=timeout)
+
+    async def open_publish_channel(self, *, timeout: float) -> AmqpPublishChannel:
+        """Open a channel in confirm mode; see the protocol."""
+        what = "opening a channel to publish"
+        channel = await self._open_channel(what, confirms=True, frame_buffer=256, timeout=timeout)
+        return AmqpPublishChannel(channel, frame_max=self._frame_max)
+
+    async def subscribe(
+        self,
+        queue: str,
+        *,
+        prefetch_count: int,
+        on_delivery: Callable[[Subscription, Incoming], None],
+        timeout: float,
+    ) -> AmqpSubscription:
+        """Open a channel and consume from a queue; see the protocol."""
+        what = f"consuming from queue {queue!r}"
+        buffer = min(max(64, 4 * prefetch_count), 65_535)
+        channel = await self._open_channel(
+            what,
+            confirms=False,
+            frame_buffer=buffer,
+            timeout=timeout,
+        )
+        subscription = AmqpSubscription(channel, on_delivery=on_delivery)
+        try:
+            await subscription.consume(queue, prefetch_count=prefetch_count, timeout=timeout)
+        except BaseException as exc:
+            await subscription.aclose(timeout=timeout)
+            if isinstance(exc, aiormq_errors.ChannelClosed):
+                raise refusal(exc, queue, what=what) from exc
+            raise
+        return subscription
+
+    async def aclose(self, *, timeout: float) -> None:
+        """Close it. Bounded, twice harmless, effective while it still connects."""
+        self._is_closed = True
+        self._notify()
+        robust, self._robust_closed = self._robust, True
+        for task in self._tasks:
+            task.cancel()
+        if robust is not None and not robust.is_closed:
+            closing = asyncio.ensure_future(robust.close())
+            try:
+                await asyncio.wait({closing}, timeout=timeout)
+            finally:
+                # Whatever is left hangs on the socket: without it, everything ends by itself.
+                self._transport.abort()
+            await asyncio.wait({closing}, timeout=_ABORT_GRACE)
+            closing.add_done_callback(_retrieve)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self._current = None
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()
+
+
+def _is_tls_refusal(exc: BaseException | None) -> bool:
+    while exc is not None:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            return True
+        exc = exc.__cause__
+    return False

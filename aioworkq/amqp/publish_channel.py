@@ -1,0 +1,164 @@
+"""A confirm channel: publications out, confirms and returns in.
+
+Publications are numbered and written in the same order, one write per step of the event loop. A
+confirm for many (``multiple``) takes them off the front. A return comes before its own confirm
+(https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed); it is told apart by the
+message id, and where the same id is in flight twice, by a header with the number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, Final
+
+from pamqp.commands import Basic
+
+from aioworkq.amqp.tap import Content, FrameTap
+from aioworkq.amqp.translate import closing_exception, describe
+from aioworkq.amqp.wire import Wire, encode
+from aioworkq.amqp.writer import TickWriter
+from aioworkq.broker import Confirm, Publication
+
+if TYPE_CHECKING:
+    from aiormq.abc import AbstractChannel
+
+_log = logging.getLogger("aioworkq")
+
+_NUMBER_HEADER: Final = "x-aioworkq-publish-number"
+
+
+class AmqpPublishChannel:
+    """The `aioworkq.broker.PublishChannel` of RabbitMQ."""
+
+    def __init__(self, channel: AbstractChannel, *, frame_max: int) -> None:
+        self._channel = channel
+        self._frame_max = frame_max
+        self._number = 0
+        self._unconfirmed: dict[int, Publication] = {}
+        self._by_message_id: dict[str, int] = {}
+        self._returned: dict[int, str] = {}
+        self._buffer: list[bytes] = []
+        self._writer = TickWriter(channel, self._take_buffer)
+        self._lost = asyncio.Event()
+        self._reason = ""
+        FrameTap(channel, on_content=self._on_return, on_confirm=self._on_confirm)
+        self._closing = channel.closing
+        self._closing.add_done_callback(self._on_closing)
+
+    def send(self, publication: Publication) -> None:
+        """Send without waiting; see the protocol."""
+        number = self._number + 1
+        message_id = publication.message.message_id
+        wire: Wire = publication.wire
+        try:
+            if message_id in self._by_message_id:
+                wire = self._with_number(publication, number)
+            frames = wire.frames(self._channel.number, self._frame_max)
+        except ValueError as exc:
+            publication.settle(Confirm.NACK, str(exc))
+            return
+        self._number = number
+        self._unconfirmed[number] = publication
+        self._by_message_id.setdefault(message_id, number)
+        if not self._lost.is_set():
+            self._buffer.append(frames)
+            self._writer.wake()
+
+    def _with_number(self, publication: Publication, number: int) -> Wire:
+        message = publication.message
+        headers = {**message.headers, _NUMBER_HEADER: number}
+        copy = message.copy_to(message.routing_key, headers)
+        copy.headers = headers
+        return encode(copy, frame_max=self._frame_max, max_message_size=len(message.body))
+
+    def _take_buffer(self) -> bytes:
+        payload = b"".join(self._buffer)
+        self._buffer.clear()
+        return payload
+
+    def _on_confirm(self, frame: Basic.Ack | Basic.Nack) -> None:
+        last = frame.delivery_tag or 0
+        if not frame.multiple:
+            self._settle(last, frame)
+            return
+        covered: list[int] = []
+        for number in self._unconfirmed:
+            if number > last:
+                break
+            covered.append(number)
+        for number in covered:
+            self._settle(number, frame)
+
+    def _settle(self, number: int, frame: Basic.Ack | Basic.Nack) -> None:
+        publication = self._unconfirmed.pop(number, None)
+        if publication is None:
+            _log.error("RabbitMQ confirmed number %d, which is not in flight.", number)
+            return
+        message_id = publication.message.message_id
+        if self._by_message_id.get(message_id) == number:
+            del self._by_message_id[message_id]
+        returned = self._returned.pop(number, None) if self._returned else None
+        if returned is not None:
+            publication.settle(Confirm.RETURNED, returned)
+        elif isinstance(frame, Basic.Ack):
+            publication.settle(Confirm.ACK, "")
+        else:
+            publication.settle(Confirm.NACK, "RabbitMQ sent a negative confirm")
+
+    def _on_return(self, method: Content, properties: Basic.Properties, body: bytes) -> None:
+        if not isinstance(method, Basic.Return):  # pragma: no cover - nothing is consumed here
+            return
+        headers: dict[str, Any] = properties.headers or {}
+        number = headers.get(_NUMBER_HEADER)
+        if not isinstance(number, int) or number not in self._unconfirmed:
+            number = self._by_message_id.get(properties.message_id or "")
+        if number is None:
+            _log.error("RabbitMQ returned a message that is not in flight: %s.", method.reply_text)
+            return
+        self._returned[number] = f"{method.reply_code} {method.reply_text}"
+
+    def _on_closing(self, future: asyncio.Future[Any]) -> None:
+        self._reason = describe(closing_exception(future))
+        self._writer.close()
+        self._lost.set()
+
+    async def wait_lost(self) -> str:
+        """Wait until the channel is unusable, and return why."""
+        await self._lost.wait()
+        return self._reason
+
+    def take_unconfirmed(self) -> list[Publication]:
+        """Return what was sent and not answered, in order, and forget it."""
+        left = list(self._unconfirmed.values())
+        self._unconfirmed.clear()
+        self._by_message_id.clear()
+        self._returned.clear()
+        self._buffer.clear()
+        return left
+
+    async def aclose(self, *, timeout: float) -> None:
+        """Close the channel. Bounded, twice harmless."""
+        if self._lost.is_set():
+            return
+        await close_bounded(self._channel, timeout=timeout)
+        self._writer.close()
+        self._lost.set()
+
+
+async def close_bounded(channel: AbstractChannel, *, timeout: float) -> None:
+    """Close a channel, and give up on it after ``timeout`` seconds.
+
+    The close goes on in the background when this is cancelled or gives up; the end of its
+    connection ends it at last.
+    """
+    if channel.is_closed:
+        return
+    task = asyncio.ensure_future(channel.close())
+    task.add_done_callback(_retrieve)
+    await asyncio.wait({task}, timeout=timeout)
+
+
+def _retrieve(task: asyncio.Future[Any]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,184 @@
+"""One consumer on a channel of its own: deliveries in, acks and requeues out.
+
+What is settled is sent once per step of the event loop: requeues first, then one
+``ack(multiple=True)`` over the longest run of finished deliveries from the oldest on, and single
+acks above a gap, so that one slow message does not hold the prefetch window. RabbitMQ takes a
+multiple ack only for a tag that is itself outstanding, which the last of such a run always is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aioworkq.amqp.publish_channel import close_bounded
+from aioworkq.amqp.tap import Content, FrameTap
+from aioworkq.amqp.translate import closing_exception, describe, guarded
+from aioworkq.amqp.wire import ack_frame, message_from, requeue_frame
+from aioworkq.amqp.writer import TickWriter
+from aioworkq.errors import WorkQueueError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiormq.abc import AbstractChannel
+    from pamqp.commands import Basic
+
+    from aioworkq.broker import Incoming, Subscription
+    from aioworkq.message import Message
+
+_log = logging.getLogger("aioworkq")
+
+
+@dataclass(slots=True, eq=False)
+class AmqpIncoming:
+    """One delivery, as it came."""
+
+    message: Message
+    tag: int
+    redelivered: bool
+
+
+class AmqpSubscription:
+    """The `aioworkq.broker.Subscription` of RabbitMQ."""
+
+    def __init__(
+        self,
+        channel: AbstractChannel,
+        *,
+        on_delivery: Callable[[Subscription, Incoming], None],
+    ) -> None:
+        self._channel = channel
+        self._on_delivery = on_delivery
+        self._outstanding: dict[int, None] = {}
+        self._acked: set[int] = set()
+        self._requeues: list[tuple[int, bool]] = []
+        self._writer = TickWriter(channel, self._take_settled)
+        self._lost = asyncio.Event()
+        self._reason = ""
+        self._consumer_tag: str | None = None
+        FrameTap(channel, on_content=self._on_content)
+        self._closing = channel.closing
+        self._closing.add_done_callback(self._on_closing)
+        channel.on_consumer_cancel_callbacks.add(self._on_cancelled_by_broker)
+
+    async def consume(self, queue: str, *, prefetch_count: int, timeout: float) -> None:
+        """Set the prefetch and subscribe.
+
+        Raises:
+            ConnectionLostError: The channel ended, or no answer came in time.
+            ChannelClosed: The broker refuses.
+        """
+        what = f"consuming from queue {queue!r}"
+        qos = self._channel.basic_qos(prefetch_count=prefetch_count)
+        await guarded(qos, self._channel, timeout=timeout, what=what)
+        consume = self._channel.basic_consume(queue, _never_called)
+        answer = await guarded(consume, self._channel, timeout=timeout, what=what)
+        self._consumer_tag = answer.consumer_tag
+
+    def _on_content(self, method: Content, properties: Basic.Properties, body: bytes) -> None:
+        tag = getattr(method, "delivery_tag", None)
+        if tag is None or self._lost.is_set():
+            return
+        message = message_from(
+            properties,
+            body,
+            exchange=method.exchange or "",
+            routing_key=method.routing_key or "",
+        )
+        self._outstanding[tag] = None
+        self._on_delivery(self, AmqpIncoming(message, tag, bool(getattr(method, "redelivered", False))))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the channel or the consumer is gone."""
+        return self._lost.is_set()
+
+    @property
+    def reason(self) -> str:
+        """Why it is lost; empty while it is not."""
+        return self._reason
+
+    def ack(self, tag: int) -> bool:
+        """Acknowledge one delivery; see the protocol."""
+        if self._lost.is_set() or tag not in self._outstanding:
+            return False
+        self._acked.add(tag)
+        self._writer.wake()
+        return True
+
+    def requeue(self, tag: int, *, counts: bool) -> bool:
+        """Give one delivery back; see the protocol."""
+        if self._lost.is_set() or self._outstanding.pop(tag, 0) == 0:
+            return False
+        self._requeues.append((tag, counts))
+        self._writer.wake()
+        return True
+
+    def _take_settled(self) -> bytes:
+        number, acked, outstanding = self._channel.number, self._acked, self._outstanding
+        frames = [requeue_frame(number, tag, counts=counts) for tag, counts in self._requeues]
+        self._requeues.clear()
+        if not acked:
+            return b"".join(frames)
+        prefix: list[int] = []
+        for tag in outstanding:
+            if tag not in acked:
+                break
+            prefix.append(tag)
+        if prefix:
+            frames.append(ack_frame(number, prefix[-1], multiple=len(prefix) > 1))
+            acked.difference_update(prefix)
+            for tag in prefix:
+                del outstanding[tag]
+        for tag in sorted(acked):
+            frames.append(ack_frame(number, tag, multiple=False))
+            del outstanding[tag]
+        acked.clear()
+        return b"".join(frames)
+
+    async def _on_cancelled_by_broker(self, _: Basic.Cancel) -> None:
+        # Called inside the channel's reader: an RPC on this channel would deadlock here.
+        self._set_lost("RabbitMQ cancelled the consumer: its queue was deleted or moved")
+
+    def _on_closing(self, future: asyncio.Future[Any]) -> None:
+        self._set_lost(describe(closing_exception(future)))
+
+    def _set_lost(self, reason: str) -> None:
+        if self._lost.is_set():
+            return
+        self._reason = reason
+        self._writer.close()
+        self._lost.set()
+
+    async def wait_lost(self) -> str:
+        """Wait until the subscription is gone, and return why."""
+        await self._lost.wait()
+        return self._reason
+
+    async def cancel(self, *, timeout: float) -> None:
+        """Ask for no more deliveries, and wait until the broker agrees. Bounded."""
+        if self._lost.is_set() or self._consumer_tag is None:
+            return
+        # With an answer (no nowait): what comes before it is still handed over.
+        cancel = self._channel.basic_cancel(self._consumer_tag)
+        what = "cancelling a consumer"
+        try:
+            await guarded(cancel, self._channel, timeout=timeout, what=what)
+        except (WorkQueueError, OSError, RuntimeError) as exc:
+            self._set_lost(str(exc))
+        except Exception as exc:  # aiormq's own: the channel is gone
+            self._set_lost(describe(exc))
+
+    async def aclose(self, *, timeout: float) -> None:
+        """Send what is settled, then close the channel. Bounded, twice harmless."""
+        if not self._lost.is_set():
+            await asyncio.wait({asyncio.ensure_future(self._writer.wait_idle())}, timeout=timeout)
+        await close_bounded(self._channel, timeout=timeout)
+        self._set_lost("closed by this worker")
+
+
+async def _never_called(_: object) -> None:
+    """Stand where aiormq wants a consumer callback; the tap takes every delivery before it."""

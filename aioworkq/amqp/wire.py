@@ -1,0 +1,265 @@
+"""Messages as AMQP 0-9-1 frames, and properties as messages.
+
+The three frames of a publication are put together here by hand: pamqp builds four objects for each,
+which costs more than everything else that publishing does, rounds floats in headers to 32 bits and
+cuts long header names. The layout is that of the AMQP 0-9-1 specification, sections 2.3.5 (frames),
+2.3.5.2 (content) and 1.8 (basic), and of RabbitMQ's errata for the types of table fields.
+"""
+
+from __future__ import annotations
+
+import struct
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+
+from aioworkq.message import Message
+
+if TYPE_CHECKING:
+    from pamqp.commands import Basic
+
+DEFAULT_FRAME_MAX: Final = 131_072
+"""RabbitMQ's default limit of one frame in bytes; a connection may negotiate another."""
+
+_FRAME_OVERHEAD: Final = 8
+_FRAME_END: Final = b"\xce"
+_METHOD, _HEADER, _BODY = 1, 2, 3
+_MAX_SHORTSTR: Final = 255
+_MAX_FIELD_NAME: Final = 128
+_MAX_EXPIRATION_MS: Final = 2**32 - 1
+_MAX_OCTET: Final = 255
+
+_frame_head: Final = struct.Struct(">BHI").pack
+_header_head: Final = struct.Struct(">HHQH").pack
+_long: Final = struct.Struct(">I").pack
+_longlong: Final = struct.Struct(">Q").pack
+_double: Final = struct.Struct(">d").pack
+_settle: Final = struct.Struct(">BHIHHQBB").pack
+
+_BASIC: Final = 60
+_PUBLISH_HEAD: Final = struct.pack(">HHH", _BASIC, 40, 0)
+_MANDATORY: Final = b"\x01"
+_ACK, _REJECT, _NACK = 80, 90, 120
+_REQUEUE_OF_REJECT: Final = 1
+_REQUEUE_OF_NACK: Final = 2
+
+
+class Wire(NamedTuple):
+    """A publication without its channel number: the payloads of its frames."""
+
+    method: bytes
+    header: bytes
+    body: bytes
+
+    def frames(self, channel: int, frame_max: int) -> bytes:
+        """Return the frames, ready to be written.
+
+        Raises:
+            ValueError: The header frame is larger than this connection allows.
+        """
+        method, header, body = self
+        if len(header) + _FRAME_OVERHEAD > frame_max:
+            raise ValueError(too_large_header(len(header), frame_max))
+        parts = [
+            _frame_head(_METHOD, channel, len(method)),
+            method,
+            _FRAME_END,
+            _frame_head(_HEADER, channel, len(header)),
+            header,
+            _FRAME_END,
+        ]
+        room = frame_max - _FRAME_OVERHEAD
+        if len(body) <= room:
+            if body:
+                parts += (_frame_head(_BODY, channel, len(body)), body, _FRAME_END)
+        else:
+            for start in range(0, len(body), room):
+                chunk = body[start : start + room]
+                parts += (_frame_head(_BODY, channel, len(chunk)), chunk, _FRAME_END)
+        return b"".join(parts)
+
+
+def too_large_header(size: int, frame_max: int) -> str:
+    """Return the sentence for a header frame that the broker would not take."""
+    return (
+        f"the message's properties and headers take {size} bytes: RabbitMQ takes at most "
+        f"{frame_max - _FRAME_OVERHEAD} in one header frame. Put large values into the body."
+    )
+
+
+def encode(message: Message, *, frame_max: int, max_message_size: int) -> Wire:
+    """Encode a publication, mandatory, and check that the broker can take it.
+
+    Raises:
+        ValueError: It is too large, or a name too long.
+        TypeError: A header has a value that AMQP does not know.
+    """
+    if len(message.body) > max_message_size:
+        raise ValueError(
+            f"the body has {len(message.body)} bytes: at most {max_message_size} are allowed. "
+            "Store large data elsewhere and publish a reference, or raise max_message_size here "
+            "and max_message_size in RabbitMQ.",
+        )
+    method = b"".join(
+        (
+            _PUBLISH_HEAD,
+            _shortstr("exchange", message.exchange),
+            _shortstr("routing key", message.routing_key),
+            _MANDATORY,
+        ),
+    )
+    header = _content_header(message)
+    if len(header) + _FRAME_OVERHEAD > frame_max:
+        raise ValueError(too_large_header(len(header), frame_max))
+    return Wire(method, header, message.body)
+
+
+def _content_header(message: Message) -> bytes:
+    flags = 0x1000
+    values: list[bytes] = []
+    if message.content_type is not None:
+        flags |= 0x8000
+        values.append(_shortstr("content type", message.content_type))
+    if message.content_encoding is not None:
+        flags |= 0x4000
+        values.append(_shortstr("content encoding", message.content_encoding))
+    if message.headers:
+        flags |= 0x2000
+        values.append(_table(message.headers))
+    values.append(b"\x02" if message.persistent else b"\x01")
+    if message.priority is not None:
+        if not 0 <= message.priority <= _MAX_OCTET:
+            raise ValueError(f"priority is {message.priority}: it must be from 0 to 255.")
+        flags |= 0x0800
+        values.append(bytes((message.priority,)))
+    if message.correlation_id is not None:
+        flags |= 0x0400
+        values.append(_shortstr("correlation_id", message.correlation_id))
+    if message.reply_to is not None:
+        flags |= 0x0200
+        values.append(_shortstr("reply_to", message.reply_to))
+    if message.expiration is not None:
+        flags |= 0x0100
+        values.append(_shortstr("expiration", expiration_ms(message.expiration)))
+    if message.message_id:
+        flags |= 0x0080
+        values.append(_shortstr("message_id", message.message_id))
+    if message.timestamp is not None:
+        flags |= 0x0040
+        values.append(_longlong(max(0, int(message.timestamp.timestamp()))))
+    if message.type is not None:
+        flags |= 0x0020
+        values.append(_shortstr("type", message.type))
+    if message.app_id is not None:
+        flags |= 0x0008
+        values.append(_shortstr("app_id", message.app_id))
+    return _header_head(_BASIC, 0, len(message.body), flags) + b"".join(values)
+
+
+def expiration_ms(expiration: float) -> str:
+    """Return an expiration as AMQP wants it, rounded up to whole milliseconds.
+
+    Raises:
+        ValueError: It is negative or longer than the 49 days that RabbitMQ takes.
+    """
+    if not 0 <= expiration * 1000 <= _MAX_EXPIRATION_MS:
+        raise ValueError(
+            f"expiration is {expiration} seconds: it must be from 0 to {_MAX_EXPIRATION_MS / 1000}.",
+        )
+    return str(-int(-expiration * 1000 // 1))
+
+
+def _shortstr(what: str, text: str) -> bytes:
+    raw = _utf8(what, text)
+    if len(raw) > _MAX_SHORTSTR:
+        raise ValueError(f"the {what} has {len(raw)} bytes: AMQP allows at most 255.")
+    return bytes((len(raw),)) + raw
+
+
+def _table(table: dict[str, Any]) -> bytes:
+    encoded = b"".join(_field_name(name) + _field(name, value) for name, value in table.items())
+    return _long(len(encoded)) + encoded
+
+
+def _field_name(name: Any) -> bytes:
+    if not isinstance(name, str):
+        raise TypeError(f"a header's name is a str, not {type(name).__name__}.")
+    raw = _utf8(f"header name {name[:40]!r}", name)
+    if len(raw) > _MAX_FIELD_NAME:
+        raise ValueError(f"header name {name[:40]!r}… has {len(raw)} bytes: AMQP allows 128.")
+    return bytes((len(raw),)) + raw
+
+
+def _field(name: str, value: Any) -> bytes:  # noqa: PLR0911 - one line per AMQP type
+    match value:
+        case None:
+            return b"V"
+        case bool():
+            return b"t\x01" if value else b"t\x00"
+        case int() if -(2**63) <= value < 2**63:
+            return b"l" + value.to_bytes(8, "big", signed=True)
+        case float():
+            return b"d" + _double(value)
+        case str():
+            raw = _utf8(f"header {name!r}", value)
+            return b"S" + _long(len(raw)) + raw
+        case bytes() | bytearray():
+            return b"x" + _long(len(value)) + value
+        case datetime():
+            return b"T" + _longlong(max(0, int(value.timestamp())))
+        case dict():
+            return b"F" + _table(cast("dict[str, Any]", value))
+        case list() | tuple():
+            items = b"".join(_field(name, item) for item in cast("list[Any]", value))
+            return b"A" + _long(len(items)) + items
+        case _:
+            raise TypeError(
+                f"header {name!r} is {value!r:.60}: AMQP takes str, int of 64 bits, float, bool, "
+                "None, bytes, datetime, and lists and dicts of them.",
+            )
+
+
+def _utf8(what: str, text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"the {what} is not valid Unicode text.") from exc
+
+
+def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
+    """Return a basic.ack."""
+    return _settle(_METHOD, channel, 13, _BASIC, _ACK, tag, multiple, 0xCE)
+
+
+def requeue_frame(channel: int, tag: int, *, counts: bool) -> bytes:
+    """Return a basic.reject, which counts as a failure, or a basic.nack; both requeue."""
+    if counts:
+        return _settle(_METHOD, channel, 13, _BASIC, _REJECT, tag, _REQUEUE_OF_REJECT, 0xCE)
+    return _settle(_METHOD, channel, 13, _BASIC, _NACK, tag, _REQUEUE_OF_NACK, 0xCE)
+
+
+def message_from(
+    properties: Basic.Properties,
+    body: bytes,
+    *,
+    exchange: str,
+    routing_key: str,
+) -> Message:
+    """Return what was delivered or returned as a message."""
+    expiration = properties.expiration
+    return Message(
+        body,
+        routing_key,
+        exchange,
+        properties.message_id or "",
+        properties.correlation_id,
+        properties.content_type,
+        properties.content_encoding,
+        properties.headers or {},
+        properties.priority,
+        int(expiration) / 1000 if expiration and expiration.isdigit() else None,
+        properties.timestamp,
+        properties.delivery_mode == 2,  # noqa: PLR2004 - AMQP's number for persistent
+        properties.message_type,
+        properties.app_id,
+        properties.reply_to,
+    )

@@ -1,0 +1,264 @@
+"""What a message is, what a delivery of it is, and which attempt it makes.
+
+Here live the message and its AMQP properties as plain data, our own headers, and the arithmetic of
+attempts. How a message is encoded on the wire is the door's business (``amqp/``); what becomes of
+a delivery is decided in ``outcome.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+
+# Our own headers. They travel in the copies that we publish.
+ATTEMPTS: Final = "x-aioworkq-attempts"
+"""How many attempts were used up before this copy was published (int)."""
+QUEUE: Final = "x-aioworkq-queue"
+"""On a dead letter: the queue it came from (str)."""
+REASON: Final = "x-aioworkq-reason"
+"""On a dead letter: why it is one (str)."""
+EXCEPTION_TYPE: Final = "x-aioworkq-exception-type"
+"""On a dead letter: the last exception's qualified class name (str)."""
+EXCEPTION_MESSAGE: Final = "x-aioworkq-exception-message"
+"""On a dead letter: the last exception's text, at most 2,000 characters (str)."""
+TRACEBACK: Final = "x-aioworkq-traceback"
+"""On a dead letter: the end of the last exception's traceback, at most 8,000 characters (str)."""
+FIRST_FAILURE: Final = "x-aioworkq-first-failure"
+"""When an attempt failed for the first time, as far as is known (UTC timestamp)."""
+LAST_FAILURE: Final = "x-aioworkq-last-failure"
+"""When the last attempt failed (UTC timestamp)."""
+
+# The broker's own. A copy must not carry them: RabbitMQ before 4.0 believes a client's x-death
+# and drops what looks like a dead-letter cycle, and a delivery count belongs to one stay in a
+# queue, not to the message.
+_BROKER_HEADERS: Final = frozenset(
+    {
+        "x-death",
+        "x-delivery-count",
+        "x-acquired-count",
+        "x-first-death-exchange",
+        "x-first-death-queue",
+        "x-first-death-reason",
+        "x-last-death-exchange",
+        "x-last-death-queue",
+        "x-last-death-reason",
+    },
+)
+
+_MAX_EXCEPTION_MESSAGE: Final = 2_000
+_MAX_TRACEBACK: Final = 8_000
+_MAX_REASON: Final = 2_000
+
+
+@dataclass(slots=True, eq=False)
+class Message:
+    """One message: its body and its AMQP 0-9-1 properties.
+
+    Attributes:
+        body: The payload, encoded.
+        routing_key: The queue's name: everything is published to the default exchange.
+        headers: Values are str, int, float, bool, None, datetime, Decimal, lists and dicts of them.
+        expiration: Seconds after which the broker may drop or dead-letter it; None for never.
+        timestamp: When it was published, aware.
+    """
+
+    body: bytes
+    routing_key: str
+    exchange: str = ""
+    message_id: str = ""
+    correlation_id: str | None = None
+    content_type: str | None = None
+    content_encoding: str | None = None
+    headers: dict[str, Any] = field(default_factory=dict[str, Any])
+    priority: int | None = None
+    expiration: float | None = None
+    timestamp: datetime | None = None
+    persistent: bool = True
+    type: str | None = None
+    app_id: str | None = None
+    reply_to: str | None = None
+
+    def copy_to(self, routing_key: str, headers: dict[str, Any]) -> Message:
+        """Return a persistent copy for another queue, or for the same one, with these headers.
+
+        It goes to the default exchange. The broker's own headers are left out, see
+        `strip_broker_headers`.
+        """
+        return Message(
+            body=self.body,
+            routing_key=routing_key,
+            message_id=self.message_id,
+            correlation_id=self.correlation_id,
+            content_type=self.content_type,
+            content_encoding=self.content_encoding,
+            headers=strip_broker_headers(headers),
+            priority=self.priority,
+            expiration=self.expiration,
+            timestamp=self.timestamp,
+            type=self.type,
+            app_id=self.app_id,
+            reply_to=self.reply_to,
+        )
+
+
+class Delivery:
+    """One handing-over of a message to a handler. Ask for it by annotating a parameter.
+
+    Attributes:
+        queue: The queue's name.
+        attempt: Which attempt this is, from 1. A delivery that was returned unstarted, or
+            interrupted by a shutdown, is not an attempt.
+        redelivered: Whether RabbitMQ says that it handed this message over before. The handler
+            may have run, fully or partly: make its effects idempotent.
+        message: The message with all its properties.
+    """
+
+    __slots__ = ("attempt", "lost", "message", "queue", "redelivered")
+
+    def __init__(self, message: Message, *, queue: str, attempt: int, redelivered: bool) -> None:
+        self.message = message
+        self.queue = queue
+        self.attempt = attempt
+        self.redelivered = redelivered
+        self.lost = False
+        """True once the channel of this delivery is gone: RabbitMQ hands the message over again,
+        and what this run does may be done a second time."""
+
+    @property
+    def body(self) -> bytes:
+        """The payload as it came, undecoded."""
+        return self.message.body
+
+    @property
+    def headers(self) -> Mapping[str, Any]:
+        """The message's headers, ours and the broker's included."""
+        return self.message.headers
+
+    @property
+    def message_id(self) -> str:
+        """The message's id; empty when its producer gave none."""
+        return self.message.message_id
+
+    @property
+    def correlation_id(self) -> str | None:
+        """The correlation id that the producer gave, if any."""
+        return self.message.correlation_id
+
+    @property
+    def priority(self) -> int | None:
+        """The message's priority, if it has one."""
+        return self.message.priority
+
+    @property
+    def timestamp(self) -> datetime | None:
+        """When the message was published, by the producer's clock; aware; None if not given."""
+        return self.message.timestamp
+
+    def __repr__(self) -> str:
+        return (
+            f"<Delivery of {self.message_id or 'a message without id'} from {self.queue!r}, "
+            f"attempt {self.attempt}{', lost' if self.lost else ''}>"
+        )
+
+
+def strip_broker_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers without those that the broker adds and that a copy must not carry."""
+    return {key: value for key, value in headers.items() if key not in _BROKER_HEADERS}
+
+
+def _count(headers: Mapping[str, Any], key: str) -> int:
+    """Read a counter that anybody may have written: what is no count counts nothing."""
+    value = headers.get(key)
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    return 0
+
+
+def is_counted_by_broker(headers: Mapping[str, Any]) -> bool:
+    """Say whether the queue that delivered this counts deliveries (a quorum queue does)."""
+    return "x-delivery-count" in headers or "x-acquired-count" in headers
+
+
+def returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
+    """Count how often RabbitMQ got this copy back unsettled, as far as it tells.
+
+    A quorum queue counts in ``x-delivery-count``. A classic queue says only whether it happened at
+    all. (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling)
+    """
+    if is_counted_by_broker(headers):
+        return _count(headers, "x-delivery-count")
+    return 1 if redelivered else 0
+
+
+def used_attempts(headers: Mapping[str, Any], *, redelivered: bool, excused: int = 0) -> int:
+    """Count the attempts that were used up before this delivery.
+
+    Args:
+        headers: The delivery's headers.
+        redelivered: The delivery's flag.
+        excused: How many of the returns are known not to have been attempts.
+    """
+    return _count(headers, ATTEMPTS) + max(0, returns(headers, redelivered=redelivered) - excused)
+
+
+def dead_letter_headers(
+    headers: Mapping[str, Any],
+    *,
+    queue: str,
+    attempts: int,
+    reason: str,
+    failure: Failure | None,
+    now: datetime,
+) -> dict[str, Any]:
+    """Return the headers of a dead letter: the original ones, and what became of it.
+
+    Every text of ours is bounded, so that they never take more than about 40 kB of the 128 kB that
+    a header frame may have, whatever an exception says.
+
+    Args:
+        headers: The delivery's headers.
+        queue: Where it came from.
+        attempts: How often its handler was started.
+        reason: Why it is dead-lettered.
+        failure: The last exception, if there was one.
+        now: The time of the failure, aware.
+    """
+    dead = strip_broker_headers(headers)
+    dead[QUEUE] = queue
+    dead[REASON] = _bounded(reason, _MAX_REASON)
+    dead[ATTEMPTS] = attempts
+    dead.setdefault(FIRST_FAILURE, now)
+    dead[LAST_FAILURE] = now
+    if failure is not None:
+        dead[EXCEPTION_TYPE] = _bounded(failure.type, 500)
+        dead[EXCEPTION_MESSAGE] = _bounded(failure.message, _MAX_EXCEPTION_MESSAGE)
+        dead[TRACEBACK] = _bounded_end(failure.traceback, _MAX_TRACEBACK)
+    return dead
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An exception as text: its qualified class name, its message, its traceback."""
+
+    type: str
+    message: str
+    traceback: str
+
+
+def _clean(text: str) -> str:
+    """Make any str encodable: a lone surrogate cannot go into a header."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _bounded(text: str, limit: int) -> str:
+    text = _clean(text[: limit + 1])
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _bounded_end(text: str, limit: int) -> str:
+    text = _clean(text[-limit - 1 :])
+    return text if len(text) <= limit else "…" + text[-limit + 1 :]

@@ -1,0 +1,139 @@
+"""What becomes of a delivery: the closed union, and the one pure function that decides it.
+
+Carrying an outcome out is ``settle.py``'s work. Nothing here waits, publishes or looks at a clock.
+"""
+
+from __future__ import annotations
+
+import traceback
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from aioworkq.errors import MessageError, Reject, RetryLater
+from aioworkq.message import Failure
+from aioworkq.retry import requeue_pause
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioworkq.message import Delivery
+    from aioworkq.retry import RetryPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    """Done: the broker may forget the message."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requeue:
+    """Back to the queue it came from (negative acknowledgement with requeue).
+
+    Attributes:
+        pause: Seconds that this worker waits before it gives the message back, so that a message
+            that fails again and again cannot become a hot loop.
+        counts: Whether this delivery was an attempt.
+    """
+
+    pause: float = 0.0
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Once more after a delay, which the broker keeps.
+
+    Attributes:
+        delay: Seconds.
+        counts: Whether this delivery was an attempt.
+    """
+
+    delay: float
+    counts: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """To ``<queue>.dead``, with this reason in its headers."""
+
+    reason: str
+    failure: Failure | None = None
+
+
+Outcome: TypeAlias = Ack | Requeue | Retry | DeadLetter
+
+OnError: TypeAlias = (
+    "Literal['requeue', 'dead-letter', 'discard'] | Callable[[Exception, Delivery], Outcome]"
+)
+
+
+def outcome_of(
+    exc: Exception,
+    delivery: Delivery,
+    *,
+    attempts: int | None,
+    on_error: OnError = "requeue",
+    retry: RetryPolicy | None = None,
+    spread: float = 0.0,
+) -> Outcome:
+    """Decide what becomes of a delivery whose handler raised.
+
+    Args:
+        exc: What the handler raised, a signal or an error.
+        delivery: The delivery; ``attempt`` says how many starts were used, this one included.
+        attempts: How many starts a message gets in all; None for no bound.
+        on_error: What the handler's options say.
+        retry: The handler's retry policy, which goes before ``on_error``.
+        spread: A random number of [0, 1), for the jitter of the retry policy.
+
+    Returns:
+        The outcome. A message that used its attempts up is dead-lettered whatever was asked for.
+
+    Raises:
+        Exception: What a function given as ``on_error`` raises.
+    """
+    match exc:
+        case Reject():
+            return DeadLetter(exc.reason)
+        case MessageError():
+            return DeadLetter(str(exc), failure_of(exc))
+        case RetryLater():
+            if exc.counts and is_used_up(delivery.attempt, attempts):
+                return DeadLetter(f"gave up after {delivery.attempt} attempts", failure_of(exc))
+            return Retry(exc.delay, counts=exc.counts)
+        case _:
+            pass
+    if callable(on_error):
+        return on_error(exc, delivery)
+    if on_error == "discard":
+        return Ack()
+    failure = failure_of(exc)
+    if retry is not None and not retry.applies_to(exc):
+        return DeadLetter(f"not retried: {failure.type}", failure)
+    if on_error == "dead-letter" and retry is None:
+        return DeadLetter(f"failed: {failure.type}", failure)
+    if is_used_up(delivery.attempt, attempts):
+        return DeadLetter(f"gave up after {delivery.attempt} attempts", failure)
+    if retry is not None:
+        return Retry(retry.delay(delivery.attempt, spread=spread))
+    return Requeue(pause=requeue_pause(delivery.attempt))
+
+
+def is_used_up(attempt: int, attempts: int | None) -> bool:
+    """Say whether an attempt of this number was the last one a message gets."""
+    return attempts is not None and attempt >= attempts
+
+
+def failure_of(exc: BaseException) -> Failure:
+    """Turn an exception into text; never raises, even when the exception's own ``str`` does."""
+    kind = type(exc)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        message = str(exc)
+    except Exception as broken:  # an exception's __str__ is user code
+        message = f"<its text cannot be made: {type(broken).__name__}>"
+    try:
+        trace = "".join(traceback.format_exception(exc, limit=-30))
+    except Exception:  # the same user code, reached through traceback
+        trace = ""
+    return Failure(name, message, trace)
