@@ -1,1 +1,66 @@
-"""An asyncio work queue over RabbitMQ."""
+"""An asyncio work queue over RabbitMQ.
+
+`Producer` publishes, `Worker` runs handlers, `Queue` is the contract that both share. What each
+promises is in their docstrings, and in ``docs/explanation/guarantees.md`` with the tests that show
+it.
+"""
+
+from aioworkq.consumer import ConsumerStatistics
+from aioworkq.errors import (
+    AccessRefusedError,
+    ConnectionLostError,
+    DecodeError,
+    MessageError,
+    NotConfirmedError,
+    OutcomeUnknownError,
+    PublishError,
+    Reject,
+    RetryLater,
+    StateError,
+    TopologyError,
+    UnroutableError,
+    WorkQueueError,
+)
+from aioworkq.lifecycle import ConsumerState
+from aioworkq.message import Delivery, Message
+from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
+from aioworkq.producer import Producer, ProducerStatistics, PublishReport
+from aioworkq.retry import RetryPolicy
+from aioworkq.script import run
+from aioworkq.topology import Queue
+from aioworkq.worker import Worker, WorkerStatistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessRefusedError",
+    "Ack",
+    "ConnectionLostError",
+    "ConsumerState",
+    "ConsumerStatistics",
+    "DeadLetter",
+    "DecodeError",
+    "Delivery",
+    "Message",
+    "MessageError",
+    "NotConfirmedError",
+    "Outcome",
+    "OutcomeUnknownError",
+    "Producer",
+    "ProducerStatistics",
+    "PublishError",
+    "PublishReport",
+    "Queue",
+    "Reject",
+    "Requeue",
+    "Retry",
+    "RetryLater",
+    "RetryPolicy",
+    "StateError",
+    "TopologyError",
+    "UnroutableError",
+    "WorkQueueError",
+    "Worker",
+    "WorkerStatistics",
+    "run",
+]

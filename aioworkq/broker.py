@@ -50,6 +50,11 @@ class PublishChannel(Protocol):
         """
         ...
 
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the broker closed the channel because of something that was sent on it."""
+        ...
+
     async def wait_lost(self) -> str:
         """Wait until the channel is unusable, and return why."""
         ...

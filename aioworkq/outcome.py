@@ -127,7 +127,11 @@ def is_used_up(attempt: int, attempts: int | None) -> bool:
 def failure_of(exc: BaseException) -> Failure:
     """Turn an exception into text; never raises, even when the exception's own ``str`` does."""
     kind = type(exc)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    name = (
+        kind.__qualname__
+        if kind.__module__ == "builtins"
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
     try:
         message = str(exc)
     except Exception as broken:  # an exception's __str__ is user code

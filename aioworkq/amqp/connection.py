@@ -17,6 +17,7 @@ import re
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
 from aio_pika import RobustConnection
 from aiormq import exceptions as aiormq_errors
 
@@ -26,6 +27,7 @@ from aioworkq.amqp.translate import closing_exception, describe, guarded, refusa
 from aioworkq.amqp.transport import BoundedTransportFactory
 from aioworkq.amqp.url import display, parse_urls
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, Wire, encode
+from aioworkq.changes import Changes
 from aioworkq.errors import AccessRefusedError, ConnectionLostError, TopologyError
 
 if TYPE_CHECKING:
@@ -79,7 +81,7 @@ class AmqpConnection:
         self._transport = BoundedTransportFactory(timeout=connect_timeout)
         self._robust: RobustConnection | None = None
         self._current: AbstractConnection | None = None
-        self._changed: asyncio.Event | None = None
+        self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
         self._attempt_ended: asyncio.Event | None = None
         self._failures = 0
@@ -98,7 +100,6 @@ class AmqpConnection:
         """Begin to connect; does not wait for it."""
         if self._robust is not None or self._is_closed:
             return
-        self._changed = asyncio.Event()
         self._attempt_ended = asyncio.Event()
         query = {"heartbeat": str(self._heartbeat)}
         self._urls = tuple(url.with_query({**query, **url.query}) for url in self._urls)
@@ -198,7 +199,7 @@ class AmqpConnection:
 
     def _refuse(self, error: ConnectionLostError) -> None:
         self._refused = error
-        self._notify()
+        self._changes.notify()
 
     def _set_connected(self, connection: AbstractConnection) -> None:
         self._transport.end_handshake()
@@ -206,18 +207,13 @@ class AmqpConnection:
         self._connects += 1
         self._refusals = 0
         self._connected_at = asyncio.get_running_loop().time()
-        self._notify()
+        self._changes.notify()
 
     def _set_lost(self, reason: str) -> None:
         if self._current is not None:
             self._current = None
             self._last_error = reason or self._last_error
-            self._notify()
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self._changes.notify()
 
     async def wait_connected(self) -> None:
         """Wait until it is usable; see the protocol."""
@@ -228,9 +224,7 @@ class AmqpConnection:
                 raise ConnectionLostError("connecting to RabbitMQ", reason="this side closed it")
             if self._current is not None and not self._current.is_closed:
                 return
-            if self._changed is None:  # pragma: no cover - a bug of the library
-                raise RuntimeError("the connection was not started.")
-            await self._changed.wait()
+            await self._changes.wait()
 
     @property
     def is_connected(self) -> bool:
@@ -316,16 +310,16 @@ class AmqpConnection:
 
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
         """Declare what does not exist yet; see the protocol."""
-        async with asyncio.timeout(None) as scope:
-            scope.reschedule(asyncio.get_running_loop().time() + timeout)
-            for declaration in declarations:
-                await self._declare_one(declaration, timeout=timeout)
+        for declaration in declarations:
+            await self._declare_one(declaration, timeout=timeout)
 
     async def _declare_one(self, declaration: Declaration, *, timeout: float) -> None:
         name = declaration.name
         what = f"declaring queue {name!r}"
         try:
-            await self._queue_declare(name, what=what, passive=True, arguments=None, timeout=timeout)
+            await self._queue_declare(
+                name, what=what, passive=True, arguments=None, timeout=timeout
+            )
         except TopologyError as exc:
             if exc.code != 404:  # noqa: PLR2004 - AMQP's NOT_FOUND
                 if exc.code == 403 and declaration.if_missing != "create":  # noqa: PLR2004
@@ -407,21 +401,22 @@ class AmqpConnection:
     async def aclose(self, *, timeout: float) -> None:
         """Close it. Bounded, twice harmless, effective while it still connects."""
         self._is_closed = True
-        self._notify()
-        robust, self._robust_closed = self._robust, True
+        self._changes.notify()
+        robust = self._robust
         for task in self._tasks:
             task.cancel()
-        if robust is not None and not robust.is_closed:
-            closing = asyncio.ensure_future(robust.close())
-            try:
-                await asyncio.wait({closing}, timeout=timeout)
-            finally:
-                # Whatever is left hangs on the socket: without it, everything ends by itself.
-                self._transport.abort()
-            await asyncio.wait({closing}, timeout=_ABORT_GRACE)
-            closing.add_done_callback(_retrieve)
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        with anyio.CancelScope(shield=True):
+            if robust is not None and not robust.is_closed:
+                closing = asyncio.ensure_future(robust.close())
+                closing.add_done_callback(_retrieve)
+                try:
+                    await asyncio.wait({closing}, timeout=timeout)
+                finally:
+                    # Whatever is left hangs on the socket: without it, everything ends by itself.
+                    self._transport.abort()
+                await asyncio.wait({closing}, timeout=_ABORT_GRACE)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
         self._current = None
 
 

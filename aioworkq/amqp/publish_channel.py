@@ -12,6 +12,8 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
+import anyio
+from aiormq.exceptions import ChannelClosed
 from pamqp.commands import Basic
 
 from aioworkq.amqp.tap import Content, FrameTap
@@ -42,6 +44,7 @@ class AmqpPublishChannel:
         self._writer = TickWriter(channel, self._take_buffer)
         self._lost = asyncio.Event()
         self._reason = ""
+        self._is_refusal = False
         FrameTap(channel, on_content=self._on_return, on_confirm=self._on_confirm)
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
@@ -119,9 +122,16 @@ class AmqpPublishChannel:
         self._returned[number] = f"{method.reply_code} {method.reply_text}"
 
     def _on_closing(self, future: asyncio.Future[Any]) -> None:
-        self._reason = describe(closing_exception(future))
+        error = closing_exception(future)
+        self._is_refusal = isinstance(error, ChannelClosed) and error.args[0] is not None
+        self._reason = describe(error)
         self._writer.close()
         self._lost.set()
+
+    @property
+    def is_refusal(self) -> bool:
+        """Whether the broker closed the channel because of something that was sent on it."""
+        return self._is_refusal
 
     async def wait_lost(self) -> str:
         """Wait until the channel is unusable, and return why."""
@@ -149,14 +159,16 @@ class AmqpPublishChannel:
 async def close_bounded(channel: AbstractChannel, *, timeout: float) -> None:
     """Close a channel, and give up on it after ``timeout`` seconds.
 
-    The close goes on in the background when this is cancelled or gives up; the end of its
-    connection ends it at last.
+    A cancelled scope does not interrupt it: a channel left open would go on receiving deliveries
+    that nobody sees. What is given up on goes on in the background; the end of its connection
+    ends it at last.
     """
     if channel.is_closed:
         return
     task = asyncio.ensure_future(channel.close())
     task.add_done_callback(_retrieve)
-    await asyncio.wait({task}, timeout=timeout)
+    with anyio.CancelScope(shield=True):
+        await asyncio.wait({task}, timeout=timeout)
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

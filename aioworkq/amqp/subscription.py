@@ -13,6 +13,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from aioworkq.amqp.publish_channel import close_bounded
 from aioworkq.amqp.tap import Content, FrameTap
 from aioworkq.amqp.translate import closing_exception, describe, guarded
@@ -89,7 +91,9 @@ class AmqpSubscription:
             routing_key=method.routing_key or "",
         )
         self._outstanding[tag] = None
-        self._on_delivery(self, AmqpIncoming(message, tag, bool(getattr(method, "redelivered", False))))
+        self._on_delivery(
+            self, AmqpIncoming(message, tag, bool(getattr(method, "redelivered", False)))
+        )
 
     @property
     def is_lost(self) -> bool:
@@ -175,7 +179,8 @@ class AmqpSubscription:
     async def aclose(self, *, timeout: float) -> None:
         """Send what is settled, then close the channel. Bounded, twice harmless."""
         if not self._lost.is_set():
-            await asyncio.wait({asyncio.ensure_future(self._writer.wait_idle())}, timeout=timeout)
+            with anyio.CancelScope(shield=True), anyio.move_on_after(timeout):
+                await self._writer.wait_idle()
         await close_bounded(self._channel, timeout=timeout)
         self._set_lost("closed by this worker")
 

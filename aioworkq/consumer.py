@@ -1,0 +1,528 @@
+"""One consumer: subscribes to a queue, notices every loss, subscribes again, and runs the handler.
+
+Handlers run as tasks of the worker's task group, never inside anything that dies with a channel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import anyio
+
+from aioworkq.errors import (
+    AccessRefusedError,
+    ConnectionLostError,
+    DecodeError,
+    Signal,
+    TopologyError,
+    WorkQueueError,
+)
+from aioworkq.handler import ThreadCall
+from aioworkq.lifecycle import ConsumerState, change
+from aioworkq.message import Delivery, used_attempts
+from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry, failure_of, outcome_of
+from aioworkq.redelivery import RedeliveryMemory, is_same_message
+from aioworkq.settle import Settler, Unsettled
+from aioworkq.topology import declarations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from anyio.abc import TaskGroup
+
+    from aioworkq.broker import Connection, Incoming, Subscription
+    from aioworkq.handler import Handler
+    from aioworkq.outbox import Outbox
+
+_log = logging.getLogger("aioworkq")
+
+_BACKOFF_MAX: Final = 5.0
+_GOOD_AFTER: Final = 5.0
+_MEMORY: Final = 1000
+_STEP_TIMEOUT: Final = 5.0
+_PASSING: Final = frozenset({404, 405})
+"""Refusals that may pass, once a queue was consumed from: it is gone, or held by another."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConsumerStatistics:
+    """One consumer at one moment; the numbers count from the worker's start.
+
+    Attributes:
+        queue: The queue's name.
+        state: See `aioworkq.lifecycle`.
+        in_flight: Handlers that run now.
+        waiting: Deliveries that are here and not started.
+        handled: Handlers that returned and whose message is done.
+        failed: Handlers that raised, or exceeded their time limit.
+        requeued: Messages given back to the queue.
+        retried: Messages that wait in the broker for another attempt.
+        dead_lettered: Messages put into the dead-letter queue.
+        duplicates: Redeliveries acked without a second run, because the first run had succeeded.
+        stale_settles: Outcomes that came too late, because the channel was lost.
+        losses: How often the subscription was lost.
+        last_error: Why it was last lost or refused; empty if it never was.
+    """
+
+    queue: str
+    state: ConsumerState
+    in_flight: int
+    waiting: int
+    handled: int
+    failed: int
+    requeued: int
+    retried: int
+    dead_lettered: int
+    duplicates: int
+    stale_settles: int
+    losses: int
+    last_error: str
+
+    @property
+    def is_subscribed(self) -> bool:
+        """Whether RabbitMQ delivers to it, as far as this side can know."""
+        return self.state is ConsumerState.SUBSCRIBED
+
+
+class _Run(Unsettled):
+    """One delivery on its way through the handler."""
+
+    __slots__ = ("held", "is_done", "scope", "succeeded")
+
+    def __init__(self, delivery: Delivery, subscription: Subscription, tag: int, used: int) -> None:
+        super().__init__(delivery, subscription, tag, used)
+        self.scope: anyio.CancelScope | None = None
+        self.held: list[_Run] = []
+        """Redeliveries of the same message, which wait for the end of this run."""
+        self.succeeded = False
+        """Whether the handler returned."""
+        self.is_done = False
+        """Whether the message needs no further run."""
+
+
+class Consumer:
+    """Consumes one queue for one handler.
+
+    Args:
+        handler: What to run.
+        connection: The worker's connection, shared by its consumers.
+        outbox: What copies are published through.
+        stopping: Set once the worker stops.
+        timeout: Seconds for a declaration, a subscription or a copy.
+        on_change: Called when the state changed.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        connection: Connection,
+        outbox: Outbox,
+        stopping: anyio.Event,
+        timeout: float,
+        on_change: Callable[[], None],
+    ) -> None:
+        self.handler = handler
+        self.queue = handler.queue
+        self._connection = connection
+        self._stopping = stopping
+        self._timeout = timeout
+        self._on_change = on_change
+        self._settler = Settler(
+            handler.queue,
+            connection=connection,
+            outbox=outbox,
+            stopping=stopping,
+            timeout=timeout,
+        )
+        self._state = ConsumerState.REGISTERED
+        self._tasks: TaskGroup | None = None
+        self._loop_scope: anyio.CancelScope | None = None
+        self._subscription: Subscription | None = None
+        self._was_subscribed = False
+        self._running: dict[_Run, None] = {}
+        self._unstarted: deque[_Run] = deque()
+        self._orphans: list[_Run] = []
+        self._slots_used = 0
+        self._memory: RedeliveryMemory[Subscription] = RedeliveryMemory(
+            size=max(_MEMORY, 4 * handler.options.prefetch_count),
+        )
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._duplicates = 0
+        self._losses = 0
+        self._last_error = ""
+
+    @property
+    def state(self) -> ConsumerState:
+        """Where the consumer is."""
+        return self._state
+
+    def _change(self, state: ConsumerState) -> None:
+        self._state = change(self._state, state)
+        self._on_change()
+
+    def statistics(self) -> ConsumerStatistics:
+        """Return what the consumer is doing and has done."""
+        counts = self._settler.counts
+        return ConsumerStatistics(
+            queue=self.queue.name,
+            state=self._state,
+            in_flight=len(self._running),
+            waiting=len(self._unstarted) + sum(len(run.held) for run in self._orphans),
+            handled=counts.handled,
+            failed=counts.failed,
+            requeued=counts.requeued,
+            retried=counts.retried,
+            dead_lettered=counts.dead_lettered,
+            duplicates=self._duplicates,
+            stale_settles=counts.stale_settles,
+            losses=self._losses,
+            last_error=self._last_error,
+        )
+
+    # Subscribing
+
+    async def run(self, tasks: TaskGroup) -> None:
+        """Stay subscribed until the worker stops; handlers run in ``tasks``.
+
+        Raises:
+            ConnectionLostError: The connection can never be made.
+            TopologyError: The queue can never be consumed from.
+        """
+        self._tasks = tasks
+        with anyio.CancelScope() as self._loop_scope:
+            failures = 0
+            while not self._stopping.is_set():
+                self._change(ConsumerState.CONNECTING)
+                try:
+                    await self._connection.wait_connected()
+                    subscription = await self._subscribe(failures)
+                except WorkQueueError as exc:
+                    self._last_error = str(exc)
+                    self._change(ConsumerState.FAILED)
+                    raise
+                if subscription is None:
+                    failures += 1
+                else:
+                    lived = await self._follow(subscription)
+                    failures = 1 if lived >= _GOOD_AFTER else failures + 1
+                if self._stopping.is_set():
+                    break
+                longest = min(_BACKOFF_MAX, 0.05 * 2.0 ** min(failures, 10))
+                await anyio.sleep(longest * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+
+    async def _subscribe(self, failures: int) -> Subscription | None:
+        """Declare the queue and subscribe; None when that failed and may succeed later."""
+        try:
+            await self._connection.declare(declarations(self.queue), timeout=self._timeout)
+            subscription = await self._connection.subscribe(
+                self.queue.name,
+                prefetch_count=self.handler.options.prefetch_count,
+                on_delivery=self._on_delivery,
+                timeout=self._timeout,
+            )
+        except AccessRefusedError:
+            raise
+        except ConnectionLostError as exc:
+            self._lose(str(exc))
+            return None
+        except TopologyError as exc:
+            if not (self._was_subscribed and exc.code in _PASSING):
+                raise
+            self._lose(str(exc))
+            return None
+        self._subscription = subscription
+        self._was_subscribed = True
+        if subscription.is_lost:
+            return subscription
+        self._change(ConsumerState.SUBSCRIBED)
+        if self._losses or failures:
+            _log.warning("The consumer of queue %r is subscribed again.", self.queue.name)
+        return subscription
+
+    async def _follow(self, subscription: Subscription) -> float:
+        """Wait until the subscription is lost; return how many seconds it lived."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        reason = await subscription.wait_lost()
+        self._forget(subscription)
+        if not self._stopping.is_set():
+            self._losses += 1
+            self._lose(reason)
+        await subscription.aclose(timeout=_STEP_TIMEOUT)
+        return loop.time() - began
+
+    def _lose(self, reason: str) -> None:
+        self._last_error = reason
+        _log.warning(
+            "The consumer of queue %r is not subscribed: %s It tries again.",
+            self.queue.name,
+            reason if reason.endswith(".") else f"{reason}.",
+        )
+        self._change(ConsumerState.LOST)
+
+    def _forget(self, subscription: Subscription) -> None:
+        """Take note that nothing of this subscription can be settled any more."""
+        self._subscription = None
+        for run in [run for run in self._unstarted if run.subscription is subscription]:
+            self._unstarted.remove(run)
+            self._memory.excuse(run.delivery.message)
+        for orphan in self._orphans:
+            for run in [run for run in orphan.held if run.subscription is subscription]:
+                orphan.held.remove(run)
+                self._memory.excuse(run.delivery.message)
+        for run in self._running:
+            if run.subscription is subscription:
+                run.delivery.lost = True
+                if run not in self._orphans:
+                    self._orphans.append(run)
+                if self.handler.options.on_connection_loss == "cancel" and run.scope is not None:
+                    run.scope.cancel()
+
+    # Deliveries
+
+    def _on_delivery(self, subscription: Subscription, incoming: Incoming) -> None:
+        """Take a delivery: hold it, start it, or keep it until there is room."""
+        message = incoming.message
+        used = used_attempts(
+            message.headers,
+            redelivered=incoming.redelivered,
+            excused=self._memory.excused(message) if incoming.redelivered else 0,
+        )
+        delivery = Delivery(
+            message,
+            queue=self.queue.name,
+            attempt=used + 1,
+            redelivered=incoming.redelivered,
+        )
+        run = _Run(delivery, subscription, incoming.tag, used)
+        if incoming.redelivered and self._is_known(run):
+            return
+        self._start_or_keep(run)
+
+    def _is_known(self, run: _Run) -> bool:
+        """Deal with a redelivery of what runs here, or of what was done here."""
+        message = run.delivery.message
+        for orphan in self._orphans:
+            if is_same_message(orphan.delivery.message, message):
+                orphan.held.append(run)
+                return True
+        acked_on = self._memory.acked_on(message)
+        if acked_on is not None and acked_on.is_lost:
+            self._ack_duplicate(run)
+            return True
+        return False
+
+    def _start_or_keep(self, run: _Run) -> None:
+        if (
+            self._slots_used < self.handler.options.concurrency
+            and not self._unstarted
+            and not self._stopping.is_set()
+            and self._tasks is not None
+        ):
+            self._start(run, self._tasks)
+        else:
+            self._unstarted.append(run)
+
+    def _start(self, run: _Run, tasks: TaskGroup) -> None:
+        self._slots_used += 1
+        self._running[run] = None
+        self._idle.clear()
+        tasks.start_soon(self._process, run)
+
+    def _start_next(self) -> None:
+        """Use a slot that has become free."""
+        while (
+            self._unstarted
+            and self._slots_used < self.handler.options.concurrency
+            and not self._stopping.is_set()
+            and self._tasks is not None
+        ):
+            self._start(self._unstarted.popleft(), self._tasks)
+
+    async def _process(self, run: _Run) -> None:
+        """Bring one delivery to its end: run the handler, settle, free the slot."""
+        outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
+        thread = None if self.handler.is_async else ThreadCall()
+        try:
+            try:
+                outcome = await self._outcome(run, thread)
+                if isinstance(outcome, Requeue) and outcome.pause:
+                    await self._pause(outcome.pause)
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await self._settle(run, outcome)
+            if thread is not None and run in self._orphans:
+                # Its time is up and its message settled, but a thread cannot be stopped: the slot
+                # stays taken, and a redelivery of the message waits, until it ends.
+                await thread.has_ended.wait()
+        finally:
+            del self._running[run]
+            self._slots_used -= 1
+            self._release_held(run)
+            self._start_next()
+            if not self._running:
+                self._idle.set()
+
+    async def _outcome(self, run: _Run, thread: ThreadCall | None) -> Outcome:
+        """Run the handler, and say what becomes of the delivery."""
+        delivery, handler, options = run.delivery, self.handler, self.handler.options
+        if options.attempts is not None and run.used >= options.attempts:
+            return DeadLetter(f"gave up after {run.used} attempts, the last one unfinished")
+        self._memory.started(delivery.message)
+        try:
+            body = handler.decode(delivery)
+        except DecodeError as exc:
+            return DeadLetter(str(exc), failure_of(exc))
+        with anyio.CancelScope() as scope:
+            run.scope = scope
+            if options.timeout is not None:
+                scope.deadline = anyio.current_time() + options.timeout
+            try:
+                if thread is None:
+                    await handler.call(body, delivery)
+                else:
+                    await handler.call_in_thread(body, delivery, thread)
+            except Exception as exc:  # whatever a handler raises must end in an outcome
+                return self._failure(run, exc)
+            except asyncio.CancelledError:
+                if _is_cancelled(scope):
+                    raise
+                stray = RuntimeError(
+                    "the handler raised CancelledError, though nobody cancelled it"
+                )
+                return self._failure(run, stray)
+            run.succeeded = True
+            return Ack()
+        # The scope was cancelled: by its deadline, or because the connection was lost.
+        if thread is not None and not thread.has_ended.is_set() and run not in self._orphans:
+            self._orphans.append(run)
+        if delivery.lost and options.on_connection_loss == "cancel":
+            return Requeue(counts=False)
+        return self._failure(run, TimeoutError(f"the handler exceeded {options.timeout:g} s"))
+
+    def _failure(self, run: _Run, exc: Exception) -> Outcome:
+        """Decide what becomes of a delivery whose handler raised, and log it."""
+        delivery, options = run.delivery, self.handler.options
+        try:
+            outcome = outcome_of(
+                exc,
+                delivery,
+                attempts=options.attempts,
+                on_error=options.on_error,
+                retry=options.retry,
+                spread=random.random(),  # noqa: S311 - jitter
+            )
+            if not isinstance(outcome, Ack | Requeue | Retry | DeadLetter):
+                raise TypeError(  # noqa: TRY301 - one place deals with a bad on_error
+                    f"on_error returned {outcome!r}: it must return Ack, Requeue, Retry or "
+                    "DeadLetter.",
+                )
+        except Exception as broken:  # on_error is the user's function
+            _log.exception("on_error of handler %s failed.", self.handler.name)
+            outcome = outcome_of(broken, delivery, attempts=options.attempts)
+        if not isinstance(exc, Signal):
+            self._settler.counts.failed += 1
+            _log.warning(
+                "Handler %s failed on %r: %s.",
+                self.handler.name,
+                delivery,
+                type(outcome).__name__,
+                exc_info=exc,
+            )
+        if options.on_error == "discard" and isinstance(outcome, Ack):
+            self._settler.counts.discarded += 1
+        return outcome
+
+    async def _pause(self, seconds: float) -> None:
+        """Keep a failed message for a moment, but never longer than the worker runs."""
+        with anyio.move_on_after(seconds):
+            await self._stopping.wait()
+
+    async def _settle(self, run: _Run, outcome: Outcome) -> None:
+        message, counts = run.delivery.message, self._settler.counts
+        counts.handled += run.succeeded
+        is_carried_out = await self._settler.settle(run, outcome)
+        if run.succeeded or (is_carried_out and not isinstance(outcome, Requeue)):
+            # If its ack is lost on the way, the redelivery is acked and not run again.
+            self._memory.acked(message, run.subscription)
+            run.is_done = True
+        elif is_carried_out:
+            self._memory.settled(message)
+
+    def _release_held(self, run: _Run) -> None:
+        """Deal with the redeliveries that waited for the end of this run."""
+        if run in self._orphans:
+            self._orphans.remove(run)
+        held, run.held = run.held, []
+        for redelivered in held:
+            if run.is_done and run.delivery.message.message_id:
+                self._ack_duplicate(redelivered)
+            else:
+                self._start_or_keep(redelivered)
+
+    def _ack_duplicate(self, run: _Run) -> None:
+        run.is_settled = True
+        self._duplicates += 1
+        run.subscription.ack(run.tag)
+        self._memory.acked(run.delivery.message, run.subscription)
+
+    # Stopping
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no handler runs."""
+        return not self._running
+
+    async def wait_idle(self) -> None:
+        """Wait until no handler runs."""
+        await self._idle.wait()
+
+    async def stop_consuming(self) -> None:
+        """Take no more deliveries. Bounded."""
+        if self._state not in {ConsumerState.DRAINING, ConsumerState.STOPPED}:
+            self._change(ConsumerState.DRAINING)
+        if self._subscription is not None:
+            await self._subscription.cancel(timeout=_STEP_TIMEOUT)
+        elif self._loop_scope is not None:
+            self._loop_scope.cancel()
+
+    async def give_back_unstarted(self) -> None:
+        """Give back what was delivered and never started; that is no attempt. Bounded."""
+        unstarted = [run for run in self._unstarted if not run.subscription.is_lost]
+        self._unstarted.clear()
+        async with anyio.create_task_group() as tasks:
+            for run in unstarted:
+                tasks.start_soon(self._give_back, run)
+
+    async def _give_back(self, run: _Run) -> None:
+        await self._settler.settle(run, Requeue(counts=False))
+
+    async def close(self) -> None:
+        """Send what is settled and close the channel. Bounded."""
+        subscription = self._subscription
+        if subscription is not None:
+            await subscription.aclose(timeout=_STEP_TIMEOUT)
+        if self._loop_scope is not None:
+            self._loop_scope.cancel()
+        if self._state is not ConsumerState.STOPPED:
+            if self._state is not ConsumerState.DRAINING:
+                self._change(ConsumerState.DRAINING)
+            self._change(ConsumerState.STOPPED)
+
+
+def _is_cancelled(scope: anyio.CancelScope) -> bool:
+    """Say whether somebody did cancel the task that just saw a CancelledError."""
+    task = asyncio.current_task()
+    return (
+        scope.cancel_called
+        or anyio.current_effective_deadline() == -math.inf
+        or (task is not None and task.cancelling() > 0)
+    )

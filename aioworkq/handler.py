@@ -1,0 +1,316 @@
+"""A user's function as a handler: its signature, its options, its call.
+
+A coroutine function is awaited; a plain function runs in a thread. Parameters are bound by
+annotation: one takes the body, one annotated `Delivery`, if there is one, the delivery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import os
+import types
+import typing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+
+import anyio
+import anyio.to_thread
+
+from aioworkq.codec import Codec, codec_for
+from aioworkq.message import Delivery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aioworkq.outcome import OnError
+    from aioworkq.retry import RetryPolicy
+    from aioworkq.topology import Queue
+
+OnConnectionLoss: TypeAlias = Literal["finish", "cancel"]
+
+_ASYNC_CONCURRENCY: Final = 10
+_MAX_PREFETCH: Final = 65_535
+_EXAMPLE: Final = "Write it as `async def handle(body: Email, delivery: Delivery) -> None`"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `Worker.handler` was given, checked."""
+
+    concurrency: int
+    prefetch_count: int
+    timeout: float | None
+    attempts: int | None
+    on_error: OnError
+    on_connection_loss: OnConnectionLoss
+    retry: RetryPolicy | None = None
+
+
+class ThreadCall:
+    """One call in a thread, which goes on even when nobody waits for it any more."""
+
+    def __init__(self) -> None:
+        self.has_ended = anyio.Event()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Handler:
+    """A function, the queue it handles, and how it is called."""
+
+    queue: Queue[Any]
+    function: Callable[..., Any]
+    is_async: bool
+    body_parameter: str
+    delivery_parameter: str | None
+    codec: Codec
+    options: Options
+    name: str
+
+    def decode(self, delivery: Delivery) -> Any:
+        """Decode a delivery's body.
+
+        Raises:
+            DecodeError: It is not what the queue's body type says.
+        """
+        return self.codec.decode(delivery.message.body, delivery.message.content_type)
+
+    async def call(self, body: Any, delivery: Delivery) -> None:
+        """Await a coroutine function. Raises whatever it raises."""
+        await self.function(**self._arguments(body, delivery))
+
+    async def call_in_thread(self, body: Any, delivery: Delivery, call: ThreadCall) -> None:
+        """Run a plain function in a thread, and wait for it.
+
+        Cancelling this leaves the thread alone, as threads cannot be stopped; ``call.has_ended``
+        tells when it is through.
+        """
+        loop = asyncio.get_running_loop()
+        bound = functools.partial(self.function, **self._arguments(body, delivery))
+
+        def run() -> Any:
+            try:
+                return bound()
+            finally:
+                # A closed loop refuses: then nobody waits any more.
+                with contextlib.suppress(RuntimeError):
+                    loop.call_soon_threadsafe(call.has_ended.set)
+
+        limiter = anyio.CapacityLimiter(1)
+        result = await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
+        if inspect.isawaitable(result):
+            if inspect.iscoroutine(result):
+                result.close()
+            raise TypeError(
+                f"handler {self.name} is a plain function that returned an awaitable: it was never "
+                "awaited. Define it with `async def`.",
+            )
+
+    def _arguments(self, body: Any, delivery: Delivery) -> dict[str, Any]:
+        if self.delivery_parameter is None:
+            return {self.body_parameter: body}
+        return {self.body_parameter: body, self.delivery_parameter: delivery}
+
+
+def make_handler(
+    queue: Queue[Any],
+    function: Callable[..., Any],
+    *,
+    concurrency: int | None,
+    prefetch_count: int | None,
+    timeout: float | None,
+    attempts: int | None,
+    on_error: OnError,
+    on_connection_loss: OnConnectionLoss,
+    retry: RetryPolicy | None,
+) -> Handler:
+    """Check a function and its options, and make a handler of them.
+
+    Raises:
+        TypeError: The function does not take what a handler is given.
+        ValueError: An option is out of range.
+    """
+    name = getattr(function, "__qualname__", None) or repr(function)
+    if not callable(function):
+        raise TypeError(f"a handler is a function, not {function!r}.")
+    if _is_generator(function):
+        raise TypeError(f"handler {name} is a generator function: it must return, not yield.")
+    is_async = _is_async(function)
+    body, delivery, annotation = _bind(function, name)
+    body_type = queue.body_type
+    if body_type is Any:
+        body_type = annotation
+    elif not _accepts(annotation, body_type):
+        raise TypeError(
+            f"handler {name} takes {_show(annotation)}, but the bodies of queue {queue.name!r} are "
+            f"{_show(body_type)}: annotate the parameter with that type.",
+        )
+    return Handler(
+        queue=queue,
+        function=function,
+        is_async=is_async,
+        body_parameter=body,
+        delivery_parameter=delivery,
+        codec=codec_for(body_type),
+        name=name,
+        options=_check_options(
+            is_async=is_async,
+            concurrency=concurrency,
+            prefetch_count=prefetch_count,
+            timeout=timeout,
+            attempts=attempts,
+            on_error=on_error,
+            on_connection_loss=on_connection_loss,
+            retry=retry,
+        ),
+    )
+
+
+def _check_options(
+    *,
+    is_async: bool,
+    concurrency: int | None,
+    prefetch_count: int | None,
+    timeout: float | None,
+    attempts: int | None,
+    on_error: OnError,
+    on_connection_loss: OnConnectionLoss,
+    retry: RetryPolicy | None,
+) -> Options:
+    if concurrency is None:
+        concurrency = _ASYNC_CONCURRENCY if is_async else os.cpu_count() or 1
+    if not _is_whole(concurrency) or concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency!r}: it must be a whole number from 1.")
+    if prefetch_count is None:
+        prefetch_count = min(concurrency, _MAX_PREFETCH)
+    if not _is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
+        raise ValueError(
+            f"prefetch_count is {prefetch_count!r}: it must be a whole number from 1 to "
+            f"{_MAX_PREFETCH}. No bound at all (0) would pull a whole backlog into memory.",
+        )
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout is {timeout!r}: it must be more than 0 seconds, or None.")
+    if attempts is not None and (not _is_whole(attempts) or attempts < 1):
+        raise ValueError(f"attempts is {attempts!r}: it must be a whole number from 1, or None.")
+    if not callable(on_error) and on_error not in {"requeue", "dead-letter", "discard"}:
+        raise ValueError(
+            f"on_error is {on_error!r}: it must be 'requeue', 'dead-letter', 'discard', or a "
+            "function of exception and delivery that returns an outcome.",
+        )
+    if on_connection_loss not in {"finish", "cancel"}:
+        raise ValueError(
+            f"on_connection_loss is {on_connection_loss!r}: it must be 'finish' or 'cancel'.",
+        )
+    if retry is not None:
+        attempts = retry.attempts
+    return Options(
+        concurrency=concurrency,
+        prefetch_count=prefetch_count,
+        timeout=timeout,
+        attempts=attempts,
+        on_error=on_error,
+        on_connection_loss=on_connection_loss,
+        retry=retry,
+    )
+
+
+def _is_whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _unwrap(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    if not inspect.isroutine(function) and not inspect.isclass(function):
+        return getattr(function, "__call__", function)  # noqa: B004 - the method itself is wanted
+    return function
+
+
+def _is_async(function: Any) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(_unwrap(function))
+
+
+def _is_generator(function: Any) -> bool:
+    inner = _unwrap(function)
+    return inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
+
+
+def _bind(function: Callable[..., Any], name: str) -> tuple[str, str | None, Any]:
+    """Return the names of the body's and the delivery's parameter, and the body's annotation."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as exc:
+        raise TypeError(f"handler {name} has no signature that can be read: {exc}.") from exc
+    hints = _hints(function)
+    bodies: list[tuple[str, Any]] = []
+    deliveries: list[str] = []
+    for parameter in parameters:
+        kind = parameter.kind
+        if kind in {parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD}:
+            continue
+        if kind is parameter.POSITIONAL_ONLY:
+            raise TypeError(
+                f"handler {name} has the positional-only parameter {parameter.name!r}. {_EXAMPLE}.",
+            )
+        annotation = hints.get(parameter.name, parameter.annotation)
+        if _is_delivery(annotation):
+            deliveries.append(parameter.name)
+        elif parameter.default is parameter.empty:
+            bodies.append((parameter.name, annotation))
+        elif not bodies:
+            bodies.append((parameter.name, annotation))
+    if len(bodies) != 1:
+        found = ", ".join(repr(body) for body, _ in bodies) or "none"
+        raise TypeError(
+            f"handler {name} must take the body in exactly one parameter; it has {found}. "
+            f"{_EXAMPLE}; give others a default.",
+        )
+    if len(deliveries) > 1:
+        raise TypeError(f"handler {name} asks for the delivery twice. {_EXAMPLE}.")
+    body, annotation = bodies[0]
+    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
+        annotation = Any
+    return body, deliveries[0] if deliveries else None, annotation
+
+
+def _hints(function: Any) -> dict[str, Any]:
+    """Evaluate the annotations, as far as that is possible where the function is defined."""
+    inner = _unwrap(function)
+    try:
+        return typing.get_type_hints(inner)
+    except Exception:  # a name that exists for type checkers only, or inside another function
+        return {}
+
+
+def _is_delivery(annotation: Any) -> bool:
+    if annotation is Delivery:
+        return True
+    if isinstance(annotation, str):
+        return annotation.strip("'\"").rpartition(".")[2] == "Delivery"
+    return False
+
+
+def _accepts(annotation: Any, body_type: Any) -> bool:
+    """Say whether a parameter of this annotation may be given a body of this type."""
+    if annotation in (Any, object) or annotation == body_type:
+        return True
+    if get_origin(annotation) in {Union, types.UnionType}:
+        members = get_args(annotation)
+        if get_origin(body_type) in {Union, types.UnionType}:
+            return all(_accepts(annotation, member) for member in get_args(body_type))
+        return any(_accepts(member, body_type) for member in members)
+    wide, narrow = get_origin(annotation) or annotation, get_origin(body_type) or body_type
+    if not (isinstance(wide, type) and isinstance(narrow, type)):
+        return True  # a TypeVar, a Protocol, an alias: the type checker knows better
+    if get_args(annotation) and get_args(body_type) and get_args(annotation) != get_args(body_type):
+        return not (wide is narrow) and issubclass(narrow, wide)
+    try:
+        return issubclass(narrow, wide)
+    except TypeError:
+        return True
+
+
+def _show(annotation: Any) -> str:
+    return getattr(annotation, "__qualname__", None) or str(annotation)

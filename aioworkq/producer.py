@@ -1,0 +1,578 @@
+"""`Producer`: publishes messages and says what became of each.
+
+The queue is declared, the body encoded and checked here; confirms, the window and outages are
+`aioworkq.outbox`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import ssl
+import uuid
+from collections.abc import AsyncIterable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import anyio
+
+from aioworkq.amqp import AmqpConnection
+from aioworkq.codec import codec_for
+from aioworkq.errors import (
+    AccessRefusedError,
+    ConnectionLostError,
+    StateError,
+    UnroutableError,
+    WorkQueueError,
+)
+from aioworkq.message import Message
+from aioworkq.outbox import Outbox
+from aioworkq.topology import Queue, as_queue, declarations
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+T = TypeVar("T")
+
+_log = logging.getLogger("aioworkq")
+
+_DECLARE_PAUSE: Final = 0.1
+_CLOSE_TIMEOUT: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ProducerStatistics:
+    """A producer at one moment; the numbers count from its start.
+
+    Attributes:
+        is_connected: Whether the connection is usable, as far as this side can know.
+        is_blocked: Whether RabbitMQ blocks publishers (memory or disk alarm).
+        pending: Messages whose outcome is not known yet.
+        in_flight: Those of them that were sent.
+        confirmed: Messages that RabbitMQ took responsibility for.
+        unroutable: Messages returned because no queue took them.
+        not_confirmed: Messages that RabbitMQ refused.
+        unknown: Messages that got no answer in time.
+        resent: Messages sent again because a connection was lost before their confirm.
+        reconnects: How often the connection came back.
+        last_error: Why it was last lost or not made; empty if it never was.
+    """
+
+    is_connected: bool
+    is_blocked: bool
+    pending: int
+    in_flight: int
+    confirmed: int
+    unroutable: int
+    not_confirmed: int
+    unknown: int
+    resent: int
+    reconnects: int
+    last_error: str
+
+
+class PublishReport:
+    """What became of each message of a `Producer.publish_many`.
+
+    Attributes:
+        confirmed: How many messages RabbitMQ took responsibility for.
+        errors: The error of each message that failed, by its position in the iterable, from 0.
+    """
+
+    def __init__(self) -> None:
+        self.confirmed = 0
+        self.errors: dict[int, Exception] = {}
+
+    def __len__(self) -> int:
+        return self.confirmed + len(self.errors)
+
+    def __getitem__(self, position: int) -> Exception | None:
+        """Return the error of one message, None if it was confirmed."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"there are {len(self)} messages, numbered from 0.")
+        return self.errors.get(position)
+
+    def __iter__(self) -> Iterator[Exception | None]:
+        return (self.errors.get(position) for position in range(len(self)))
+
+    @property
+    def failed(self) -> int:
+        """How many messages failed."""
+        return len(self.errors)
+
+    def raise_for_errors(self) -> None:
+        """Raise the error of the first message that failed, if any did."""
+        if self.errors:
+            raise self.errors[min(self.errors)]
+
+    def __repr__(self) -> str:
+        return f"<PublishReport: {self.confirmed} confirmed, {self.failed} failed>"
+
+
+class Producer:
+    """Publishes messages to queues, each confirmed by RabbitMQ.
+
+    Use it as ``async with Producer(url) as producer``, or call `start` and `close`. One producer
+    serves any number of tasks of one event loop, and is meant to live as long as the application.
+
+    Args:
+        url: ``amqp://user:password@host:port/vhost``, or ``amqps://``; or several, hosts of one
+            cluster, tried in turn.
+        timeout: Seconds after which a publication that has no outcome yet fails, outages included.
+        window: How many messages may be unconfirmed at a time; RabbitMQ gains nothing beyond 1,000.
+        max_message_size: Larger bodies are refused here; RabbitMQ 4 takes 16 MiB by default.
+        name: Shown in RabbitMQ's list of connections.
+        heartbeat: Seconds; a dead peer is noticed after three times as many, plus three.
+        connect_timeout: Seconds for one attempt to connect.
+        ssl_context: For ``amqps://``; None for the system's certificate authorities.
+
+    Raises:
+        ValueError: The URL or a number cannot be right.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        timeout: float = 30.0,
+        window: int = 1000,
+        max_message_size: int = 16 * 1024 * 1024,
+        name: str = "aioworkq producer",
+        heartbeat: int = 10,
+        connect_timeout: float = 10.0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self._timeout = _checked_timeout(timeout)
+        if window < 1:
+            raise ValueError(f"window is {window}: it must be at least 1.")
+        if max_message_size < 1:
+            raise ValueError(f"max_message_size is {max_message_size}: it must be at least 1.")
+        check_connection_options(heartbeat=heartbeat, connect_timeout=connect_timeout)
+        self._connection = AmqpConnection(
+            url,
+            name=name,
+            heartbeat=heartbeat,
+            connect_timeout=connect_timeout,
+            ssl_context=ssl_context,
+            max_message_size=max_message_size,
+        )
+        self._window = window
+        self._window_bytes = max(max_message_size, 16 * 1024 * 1024)
+        self._outbox: Outbox | None = None
+        self._declared: set[str] = set()
+        self._declaring = anyio.Lock()
+        self._is_closed = False
+        self._ids = uuid.uuid4().hex[:20]
+        self._sequence = 0
+
+    async def start(self) -> None:
+        """Connect, and return once that is done.
+
+        Raises:
+            AccessRefusedError: RabbitMQ refuses the credentials or the virtual host.
+            ConnectionLostError: No connection within ``timeout`` seconds.
+            StateError: It was started or closed before.
+        """
+        if self._outbox is not None or self._is_closed:
+            raise StateError(
+                "this producer cannot be started",
+                reason="it was closed" if self._is_closed else "it runs already",
+                advice="Make a new Producer.",
+            )
+        outbox = Outbox(self._connection, window=self._window, window_bytes=self._window_bytes)
+        self._outbox = outbox
+        try:
+            await outbox.wait_connected(timeout=self._timeout)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        """Wait for the outcome of what is published, then disconnect. Twice harmless.
+
+        It takes no longer than the producer's ``timeout`` and a few seconds for closing. What has
+        no outcome by then is told so: `OutcomeUnknownError` or `ConnectionLostError`.
+        """
+        self._is_closed = True
+        if self._outbox is None:
+            await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
+            return
+        try:
+            await self._outbox.flush(timeout=self._timeout)
+        finally:
+            await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def statistics(self) -> ProducerStatistics:
+        """Return what the producer is doing and has done."""
+        connection, outbox = self._connection, self._outbox
+        return ProducerStatistics(
+            is_connected=connection.is_connected,
+            is_blocked=connection.is_blocked,
+            pending=outbox.pending if outbox else 0,
+            in_flight=outbox.in_flight if outbox else 0,
+            confirmed=outbox.confirmed if outbox else 0,
+            unroutable=outbox.unroutable if outbox else 0,
+            not_confirmed=outbox.not_confirmed if outbox else 0,
+            unknown=outbox.unknown if outbox else 0,
+            resent=outbox.resent if outbox else 0,
+            reconnects=connection.reconnects,
+            last_error=connection.last_error,
+        )
+
+    async def publish(
+        self,
+        queue: Queue[T] | str,
+        body: T,
+        *,
+        priority: int | None = None,
+        expiration: float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        message_id: str | None = None,
+        correlation_id: str | None = None,
+        timeout: float | None = None,
+    ) -> str:
+        """Publish one message, and return its id once RabbitMQ has taken responsibility for it.
+
+        The message is persistent, the queue durable. Through an outage the call waits for the
+        connection and publishes again what has no confirm, until ``timeout``. Messages of one task
+        keep their order; those that an outage made it publish again may arrive twice.
+
+        Cancelling it is safe: the message is then stored once, or not at all.
+
+        Args:
+            queue: The queue, declared if it does not exist; a bare name is short for ``Queue(name)``.
+            body: A value of the queue's body type.
+            priority: 0 to 255, on a queue with ``max_priority``.
+            expiration: Seconds after which an unhandled message expires; None for never.
+            headers: Values are str, int, float, bool, None, bytes, datetime, lists and dicts.
+            message_id: At most 255 bytes; None to have one made. Publish again under the same id
+                what got an `OutcomeUnknownError`.
+            correlation_id: At most 255 bytes.
+            timeout: Seconds; None for the producer's.
+
+        Raises:
+            UnroutableError: No such queue, and ``declare=False``. Nothing is stored.
+            NotConfirmedError: RabbitMQ refused the message. Nothing is stored.
+            OutcomeUnknownError: No confirm in time. It may or may not be stored.
+            ConnectionLostError: No usable connection in time. Nothing is stored.
+            TopologyError: The queue cannot be declared. Nothing is stored.
+            ValueError: The broker cannot take the message: too large, a name too long.
+            TypeError: The body is not of the queue's type or cannot be encoded.
+            StateError: The producer does not run.
+        """
+        outbox = self._running("publish")
+        queue = as_queue(queue)
+        message = self._message(
+            queue,
+            body,
+            priority=priority,
+            expiration=expiration,
+            headers=headers,
+            message_id=message_id,
+            correlation_id=correlation_id,
+        )
+        wait = self._timeout if timeout is None else _checked_timeout(timeout)
+        if not queue.declare or queue.name in self._declared:
+            try:
+                await outbox.publish(message, timeout=wait)
+            except UnroutableError:
+                if not queue.declare:
+                    raise
+            else:
+                return message.message_id
+            self._declared.discard(queue.name)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait
+        self._connection.prepare(message)  # a message that cannot be sent declares nothing
+        await self._declare(queue, deadline)
+        await outbox.publish(message, timeout=max(0.0, deadline - loop.time()))
+        return message.message_id
+
+    async def publish_many(
+        self,
+        queue: Queue[T] | str,
+        bodies: Iterable[T] | AsyncIterable[T],
+        *,
+        priority: int | None = None,
+        expiration: float | None = None,
+        headers: Mapping[str, Any] | None = None,
+        correlation_id: str | None = None,
+        timeout: float | None = None,
+    ) -> PublishReport:
+        """Publish many messages, pipelined, and report what became of each.
+
+        The iterable is read as fast as RabbitMQ confirms: at most ``window`` messages are under
+        way, so memory does not grow with its length. A message that fails does not stop the others.
+        They are stored in the iterable's order, but for those that an outage made it publish again.
+
+        Cancelling it is safe: what was sent is stored or not, what was not sent never will be.
+
+        Args:
+            queue: As for `publish`.
+            bodies: Values of the queue's body type; any iterable, or an asynchronous one.
+            priority: As for `publish`, for all of them.
+            expiration: As for `publish`, for all of them.
+            headers: As for `publish`, for all of them.
+            correlation_id: As for `publish`, for all of them.
+            timeout: Seconds for each message, from when it is taken off the iterable.
+
+        Returns:
+            The report; a message's error in it is one of those that `publish` raises.
+
+        Raises:
+            ConnectionLostError: No usable connection in time to declare the queue.
+            TopologyError: The queue cannot be declared.
+            StateError: The producer does not run.
+            Exception: What the iterable raises, once the messages before it have their outcome.
+        """
+        outbox = self._running("publish")
+        queue = as_queue(queue)
+        wait = self._timeout if timeout is None else _checked_timeout(timeout)
+        await self._declare(queue, asyncio.get_running_loop().time() + wait)
+        batch = _Batch(self, outbox, queue, wait)
+        try:
+            async for body in _each(bodies):
+                await batch.wait_room()
+                try:
+                    message = self._message(
+                        queue,
+                        body,
+                        priority=priority,
+                        expiration=expiration,
+                        headers=headers,
+                        message_id=None,
+                        correlation_id=correlation_id,
+                    )
+                    batch.submit(message)
+                except (TypeError, ValueError) as exc:
+                    batch.fail(exc)
+        finally:
+            await batch.wait_done()
+        return batch.finish()
+
+    async def declare(self, queue: Queue[Any], *, deadline: float) -> None:
+        """Declare a queue anew, because a message found it gone. For this package."""
+        self._declared.discard(queue.name)
+        await self._declare(queue, deadline)
+
+    async def _declare(self, queue: Queue[Any], deadline: float) -> None:
+        """Declare a queue once, trying again through an outage until the deadline."""
+        if not queue.declare or queue.name in self._declared:
+            return
+        what = f"declaring queue {queue.name!r}"
+        reason = ""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout_at(deadline), self._declaring:
+                while queue.name not in self._declared:
+                    await self._connection.wait_connected()
+                    left = max(0.1, deadline - loop.time())
+                    try:
+                        await self._connection.declare(declarations(queue), timeout=left)
+                    except AccessRefusedError:
+                        raise
+                    except ConnectionLostError as exc:
+                        reason = exc.reason
+                        await asyncio.sleep(_DECLARE_PAUSE)
+                    else:
+                        self._declared.add(queue.name)
+        except TimeoutError:
+            if self._connection.is_blocked:
+                reason = "RabbitMQ blocks publishers (memory or disk alarm)"
+            raise ConnectionLostError(
+                what,
+                reason=reason or self._connection.last_error or "no answer in time",
+            ) from None
+
+    def _running(self, what: str) -> Outbox:
+        if self._outbox is None or self._is_closed:
+            raise StateError(
+                f"this producer cannot {what}",
+                reason="it was closed" if self._is_closed else "it was not started",
+                advice="Use it inside `async with Producer(...) as producer:`.",
+            )
+        return self._outbox
+
+    def _message(
+        self,
+        queue: Queue[Any],
+        body: object,
+        *,
+        priority: int | None,
+        expiration: float | None,
+        headers: Mapping[str, Any] | None,
+        message_id: str | None,
+        correlation_id: str | None,
+    ) -> Message:
+        encoded = codec_for(queue.body_type).encode(body)
+        if message_id is None:
+            self._sequence += 1
+            message_id = f"{self._ids}-{self._sequence}"
+        elif not message_id:
+            raise ValueError("message_id is empty: give one, or None to have one made.")
+        return Message(
+            encoded.body,
+            queue.name,
+            message_id=message_id,
+            correlation_id=correlation_id,
+            content_type=encoded.content_type,
+            content_encoding=encoded.content_encoding,
+            headers=dict(headers) if headers else {},
+            priority=priority,
+            expiration=expiration,
+            timestamp=datetime.now(UTC),
+        )
+
+
+class _Batch:
+    """The messages of one `Producer.publish_many` that are under way."""
+
+    def __init__(
+        self,
+        producer: Producer,
+        outbox: Outbox,
+        queue: Queue[Any],
+        timeout: float,
+    ) -> None:
+        self._producer = producer
+        self._outbox = outbox
+        self._queue = queue
+        self._timeout = timeout
+        self._loop = asyncio.get_running_loop()
+        self._report = PublishReport()
+        self._position = 0
+        self._under_way = 0
+        self._wanted_room = 0
+        self._has_room = asyncio.Event()
+        self._again: list[tuple[int, Message, float]] = []
+
+    def fail(self, error: Exception) -> None:
+        """Note that the next message cannot be sent."""
+        self._report.errors[self._position] = error.with_traceback(None)
+        self._position += 1
+
+    def submit(self, message: Message) -> None:
+        """Hand one message to the outbox."""
+        wire = self._outbox.connection.prepare(message)
+        position = self._position
+        self._position += 1
+        self._send(position, message, wire, self._loop.time() + self._timeout, again=False)
+
+    def _send(
+        self,
+        position: int,
+        message: Message,
+        wire: Any,
+        deadline: float,
+        *,
+        again: bool,
+    ) -> None:
+        def done(error: WorkQueueError | None) -> None:
+            self._under_way -= 1
+            if error is None:
+                self._report.confirmed += 1
+            elif isinstance(error, UnroutableError) and self._queue.declare and not again:
+                self._again.append((position, message, deadline))
+            else:
+                self._report.errors[position] = error
+            if self._under_way <= self._wanted_room:
+                self._has_room.set()
+
+        self._under_way += 1
+        self._outbox.submit(message, wire, deadline=deadline, done=done)
+
+    async def wait_room(self) -> None:
+        """Wait until another message may be under way."""
+        if self._again:
+            await self._publish_again()
+        if self._under_way >= self._outbox.window:
+            # Half a window at a time: waking up for every single confirm costs more than it gains.
+            await self._wait_under_way(self._outbox.window // 2)
+
+    async def wait_done(self) -> None:
+        """Wait until every message has its outcome; each has a deadline."""
+        await self._wait_under_way(0)
+        while self._again:
+            await self._publish_again()
+            await self._wait_under_way(0)
+
+    async def _wait_under_way(self, number: int) -> None:
+        self._wanted_room = number
+        while self._under_way > number:
+            self._has_room.clear()
+            await self._has_room.wait()
+
+    async def _publish_again(self) -> None:
+        """Publish what was returned because its queue had been deleted, after declaring it anew."""
+        again, self._again = self._again, []
+        try:
+            await self._producer.declare(self._queue, deadline=min(one[2] for one in again))
+        except WorkQueueError as exc:
+            for position, _, _ in again:
+                self._report.errors[position] = exc
+            return
+        for position, message, deadline in again:
+            wire = self._outbox.connection.prepare(message)
+            self._send(position, message, wire, deadline, again=True)
+
+    def finish(self) -> PublishReport:
+        """Return the report; failures are logged, so that nobody has to look to hear of them."""
+        report = self._report
+        if report.errors:
+            first = min(report.errors)
+            _log.warning(
+                "%d of %d messages to queue %r failed, the first (number %d): %s",
+                report.failed,
+                len(report),
+                self._queue.name,
+                first,
+                report.errors[first],
+            )
+        return report
+
+
+async def _each(bodies: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+    if isinstance(bodies, AsyncIterable):
+        async for body in bodies:
+            yield body
+    elif isinstance(bodies, Iterable) and not isinstance(bodies, str | bytes):
+        for body in bodies:
+            yield body
+    else:
+        raise TypeError(f"bodies must be an iterable of bodies, not {type(bodies).__name__}.")
+
+
+def _checked_timeout(timeout: float) -> float:
+    if not 0 <= timeout < math.inf:
+        raise ValueError(f"timeout is {timeout}: it must be a number of seconds, 0 or more.")
+    return timeout
+
+
+def check_connection_options(*, heartbeat: int, connect_timeout: float) -> None:
+    """Check what producer and worker hand on to their connections.
+
+    Raises:
+        ValueError: A number cannot be right.
+    """
+    if not 1 <= heartbeat <= 3600:  # noqa: PLR2004 - an hour
+        raise ValueError(
+            f"heartbeat is {heartbeat}: it must be from 1 to 3600 seconds. Without heartbeats a dead "
+            "peer is never noticed.",
+        )
+    if not 0 < connect_timeout < math.inf:
+        raise ValueError(f"connect_timeout is {connect_timeout}: it must be more than 0 seconds.")

@@ -1,0 +1,564 @@
+"""`Worker`: registers handlers, runs their consumers, drains them.
+
+It owns one connection for consuming, and one for the copies of messages that it publishes, opened
+when the first such copy is. It installs no signal handlers: that is `aioworkq.run`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import anyio
+from anyio import TASK_STATUS_IGNORED
+
+from aioworkq.amqp import AmqpConnection
+from aioworkq.changes import Changes
+from aioworkq.consumer import Consumer, ConsumerStatistics
+from aioworkq.errors import ConnectionLostError, StateError, WorkQueueError
+from aioworkq.handler import Handler, OnConnectionLoss, make_handler
+from aioworkq.lifecycle import ConsumerState
+from aioworkq.outbox import Outbox
+from aioworkq.producer import check_connection_options
+from aioworkq.topology import Queue, as_queue
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from anyio.abc import TaskGroup, TaskStatus
+
+    from aioworkq.outcome import OnError
+
+_log = logging.getLogger("aioworkq")
+
+F = TypeVar("F", bound="Callable[..., Any]")
+
+_COPY_WINDOW: Final = 256
+_COPY_WINDOW_BYTES: Final = 16 * 1024 * 1024
+_CLOSE_TIMEOUT: Final = 5.0
+_STUCK_AFTER: Final = 5.0
+_DEFAULT_ATTEMPTS: Final = 20
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatistics:
+    """A worker at one moment.
+
+    Attributes:
+        is_ready: Whether every consumer is subscribed.
+        is_connected: Whether the consuming connection is usable, as far as this side can know.
+        reconnects: How often it came back.
+        consumers: Each consumer's statistics, by the name of its queue.
+    """
+
+    is_ready: bool
+    is_connected: bool
+    reconnects: int
+    consumers: dict[str, ConsumerStatistics]
+
+    @property
+    def in_flight(self) -> int:
+        """Handlers that run now."""
+        return sum(one.in_flight for one in self.consumers.values())
+
+    @property
+    def waiting(self) -> int:
+        """Deliveries that are here and not started."""
+        return sum(one.waiting for one in self.consumers.values())
+
+    @property
+    def handled(self) -> int:
+        """Handlers that returned."""
+        return sum(one.handled for one in self.consumers.values())
+
+    @property
+    def failed(self) -> int:
+        """Handlers that raised, or exceeded their time limit."""
+        return sum(one.failed for one in self.consumers.values())
+
+    @property
+    def requeued(self) -> int:
+        """Messages given back to their queue."""
+        return sum(one.requeued for one in self.consumers.values())
+
+    @property
+    def retried(self) -> int:
+        """Messages that wait in the broker for another attempt."""
+        return sum(one.retried for one in self.consumers.values())
+
+    @property
+    def dead_lettered(self) -> int:
+        """Messages put into a dead-letter queue."""
+        return sum(one.dead_lettered for one in self.consumers.values())
+
+    @property
+    def duplicates(self) -> int:
+        """Redeliveries acked without a second run."""
+        return sum(one.duplicates for one in self.consumers.values())
+
+    @property
+    def stale_settles(self) -> int:
+        """Outcomes that came too late, because the channel was lost."""
+        return sum(one.stale_settles for one in self.consumers.values())
+
+
+class Worker:
+    """Hands messages to handlers, and settles each by what its handler did.
+
+    Register handlers with `handler`, then run it in one of three ways: ``aioworkq.run(worker)`` in
+    a script, ``async with worker:`` or ``await task_group.start(worker.run)`` inside an application,
+    or ``await worker.run()``. A worker runs once.
+
+    Args:
+        url: ``amqp://user:password@host:port/vhost``, or ``amqps://``; or several, hosts of one
+            cluster, tried in turn.
+        grace: Seconds that running handlers get when the worker stops, before they are cancelled.
+        timeout: Seconds for a declaration, a subscription, or the confirm of a copy.
+        name: Shown in RabbitMQ's list of connections.
+        heartbeat: Seconds; a dead peer is noticed after three times as many, plus three.
+        connect_timeout: Seconds for one attempt to connect; attempts go on until one succeeds.
+        ssl_context: For ``amqps://``; None for the system's certificate authorities.
+
+    Raises:
+        ValueError: The URL or a number cannot be right.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        *,
+        grace: float = 30.0,
+        timeout: float = 30.0,
+        name: str = "aioworkq worker",
+        heartbeat: int = 10,
+        connect_timeout: float = 10.0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self._grace = _checked_grace(grace)
+        if not 0 < timeout < math.inf:
+            raise ValueError(f"timeout is {timeout}: it must be more than 0 seconds.")
+        self._timeout = timeout
+        check_connection_options(heartbeat=heartbeat, connect_timeout=connect_timeout)
+
+        def connection(purpose: str) -> AmqpConnection:
+            return AmqpConnection(
+                url,
+                name=f"{name}{purpose}",
+                heartbeat=heartbeat,
+                connect_timeout=connect_timeout,
+                ssl_context=ssl_context,
+                max_message_size=2**31,  # a copy is never larger than what the broker delivered
+            )
+
+        self._connection = connection("")
+        self._outbox = Outbox(
+            connection(" (copies)"),
+            window=_COPY_WINDOW,
+            window_bytes=_COPY_WINDOW_BYTES,
+        )
+        self._handlers: dict[str, Handler] = {}
+        self._consumers: list[Consumer] = []
+        self._changes = Changes()
+        self._stopping = anyio.Event()
+        self._hurry = Changes()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._deadline = math.inf
+        self._error: BaseException | None = None
+        self._was_started = False
+        self._has_ended = False
+        self._background: _Background | None = None
+
+    def handler(
+        self,
+        queue: Queue[Any] | str,
+        *,
+        concurrency: int | None = None,
+        prefetch_count: int | None = None,
+        timeout: float | None = None,
+        attempts: int | None = _DEFAULT_ATTEMPTS,
+        on_error: OnError = "requeue",
+        on_connection_loss: OnConnectionLoss = "finish",
+    ) -> Callable[[F], F]:
+        """Register a function as the handler of a queue; it is returned unchanged.
+
+        A coroutine function runs in the event loop, a plain one in a thread. One parameter takes the
+        body; another one, annotated `Delivery`, may take the delivery. It returns: the message is
+        acked. It raises: ``on_error`` says. It raises `Reject`: dead-lettered.
+
+        Args:
+            queue: The queue; a bare name is short for ``Queue(name)`` with the body type that the
+                function's parameter is annotated with.
+            concurrency: How many run at a time; None for 10, or for threads the number of CPUs.
+            prefetch_count: How many unsettled deliveries RabbitMQ hands over at most; None for
+                ``concurrency``. With 1 and 1, work goes to whoever is free.
+            timeout: Seconds that one run may take; None for no limit. A coroutine is cancelled; a
+                thread cannot be stopped: its message is settled, its slot stays taken until it ends.
+            attempts: How often a message is started in all before it is dead-lettered, crashes of
+                the process included; None for no bound.
+            on_error: ``"requeue"`` gives the message back to the queue after a pause that grows from
+                0.1 to 5 s; ``"dead-letter"`` and ``"discard"`` do so at the first error; a function
+                of exception and delivery returns the outcome.
+            on_connection_loss: ``"finish"`` lets running handlers end, though their message is
+                handed over again (a redelivery here waits for them); ``"cancel"`` cancels them.
+
+        Raises:
+            TypeError: The function does not take what a handler is given.
+            ValueError: An option is out of range, or the queue has a handler.
+            StateError: The worker runs already.
+        """
+        registered = as_queue(queue)
+
+        def register(function: F) -> F:
+            if self._was_started:
+                raise StateError(
+                    f"handler of queue {registered.name!r} cannot be registered",
+                    reason="the worker runs already",
+                    advice="Register all handlers before it is started.",
+                )
+            if registered.name in self._handlers:
+                raise ValueError(
+                    f"queue {registered.name!r} has a handler already, "
+                    f"{self._handlers[registered.name].name}: a queue has one handler per worker.",
+                )
+            self._handlers[registered.name] = make_handler(
+                registered,
+                function,
+                concurrency=concurrency,
+                prefetch_count=prefetch_count,
+                timeout=timeout,
+                attempts=attempts,
+                on_error=on_error,
+                on_connection_loss=on_connection_loss,
+                retry=None,
+            )
+            return function
+
+        return register
+
+    # Running
+
+    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+        """Consume until `stop`, then drain.
+
+        Outages are waited out: consumers come back by themselves, with a WARNING each time. With
+        ``await task_group.start(worker.run)`` the caller goes on once every consumer is subscribed.
+
+        Cancelling it cancels the running handlers, whose messages go back to their queues and are
+        not charged an attempt; it still closes in order, within a few seconds for each step.
+
+        Raises:
+            AccessRefusedError: RabbitMQ refuses the credentials or the virtual host.
+            ConnectionLostError: The TLS handshake can never succeed.
+            TopologyError: A queue can never be consumed from.
+            StateError: The worker was started before, or has no handlers.
+        """
+        if self._was_started:
+            raise StateError(
+                "this worker cannot be started",
+                reason="it has ended" if self._has_ended else "it runs already",
+                advice="Make a new Worker.",
+            )
+        if not self._handlers:
+            raise StateError(
+                "this worker cannot be started",
+                reason="it has no handlers",
+                advice="Register one with @worker.handler(queue).",
+            )
+        self._was_started = True
+        self._loop = asyncio.get_running_loop()
+        self._consumers = [
+            Consumer(
+                handler,
+                connection=self._connection,
+                outbox=self._outbox,
+                stopping=self._stopping,
+                timeout=self._timeout,
+                on_change=self._changes.notify,
+            )
+            for handler in self._handlers.values()
+        ]
+        try:
+            if not self._stopping.is_set():
+                await self._run(task_status)
+        finally:
+            await self._close()
+        if self._error is not None:
+            raise self._error
+
+    async def _run(self, task_status: TaskStatus[None]) -> None:
+        await self._connection.start()
+        async with anyio.create_task_group() as supervision:
+            async with anyio.create_task_group() as handlers:
+                for consumer in self._consumers:
+                    supervision.start_soon(self._supervise, consumer, handlers)
+                supervision.start_soon(self._announce, task_status)
+                await self._stopping.wait()
+                await self._drain(handlers)
+            for consumer in self._consumers:
+                await consumer.give_back_unstarted()
+                await consumer.close()
+            supervision.cancel_scope.cancel()
+
+    async def _supervise(self, consumer: Consumer, handlers: TaskGroup) -> None:
+        """Run one consumer; its error ends the worker, once the others have drained."""
+        try:
+            await consumer.run(handlers)
+        except Exception as exc:
+            _log.error("The worker stops, because of queue %r: %s", consumer.queue.name, exc)
+            self._error = self._error or exc
+            self._stopping.set()
+            self._changes.notify()
+
+    async def _announce(self, task_status: TaskStatus[None]) -> None:
+        while not (self.is_ready or self._stopping.is_set()):
+            await self._changes.wait()
+        if self.is_ready:
+            _log.info("The worker is ready: %s.", ", ".join(self._handlers))
+            task_status.started()
+
+    async def _drain(self, handlers: TaskGroup) -> None:
+        """End what runs.
+
+        1. No consumer takes more deliveries.
+        2. What was delivered and not started goes back.
+        3. Running handlers get until the end of the grace period; heartbeats go on.
+        4. The rest is cancelled, and goes back uncounted.
+        """
+        self._changes.notify()
+        if self._deadline == math.inf:
+            self._deadline = anyio.current_time() + self._grace
+        async with anyio.create_task_group() as tasks:
+            for consumer in self._consumers:
+                tasks.start_soon(consumer.stop_consuming)
+        async with anyio.create_task_group() as tasks:
+            for consumer in self._consumers:
+                tasks.start_soon(consumer.give_back_unstarted)
+        await self._wait_idle()
+        left = [consumer for consumer in self._consumers if not consumer.is_idle]
+        if left:
+            names = ", ".join(consumer.handler.name for consumer in left)
+            _log.warning("The grace period is over: running handlers are cancelled: %s.", names)
+            handlers.cancel_scope.cancel()
+
+    async def _wait_idle(self) -> None:
+        """Wait until no handler runs, or until the grace period, which `stop` may cut, is over."""
+        while not all(consumer.is_idle for consumer in self._consumers):
+            left = self._deadline - anyio.current_time()
+            if left <= 0:
+                return
+            with anyio.move_on_after(left):
+                async with anyio.create_task_group() as tasks:
+
+                    async def first(wait: Callable[[], Any], tasks: TaskGroup = tasks) -> None:
+                        await wait()
+                        tasks.cancel_scope.cancel()
+
+                    tasks.start_soon(first, self._hurry.wait)
+                    tasks.start_soon(first, self._all_idle)
+
+    async def _all_idle(self) -> None:
+        for consumer in self._consumers:
+            await consumer.wait_idle()
+
+    async def _close(self) -> None:
+        """Close both connections, whatever happened. Bounded."""
+        self._stopping.set()
+        with anyio.CancelScope(shield=True):
+            for consumer in self._consumers:
+                await consumer.give_back_unstarted()
+                await consumer.close()
+            await self._outbox.flush(timeout=_CLOSE_TIMEOUT)
+            await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
+            await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
+        self._has_ended = True
+        self._changes.notify()
+
+    def stop(self, *, grace: float | None = None) -> None:
+        """Begin to stop, and return at once; `run` returns when all is done.
+
+        Works in every phase, before the start and during a hanging connect too. Called again, it can
+        only shorten the grace period: ``stop(grace=0)`` cancels the handlers now. May be called
+        from another thread.
+
+        Args:
+            grace: Seconds that running handlers get; None for the worker's.
+        """
+        seconds = self._grace if grace is None else _checked_grace(grace)
+        loop = self._loop
+        if loop is None:
+            self._grace = min(self._grace, seconds)
+            self._stopping.set()
+            return
+        with contextlib.suppress(RuntimeError):  # a closed loop: it has stopped
+            try:
+                is_own = asyncio.get_running_loop() is loop
+            except RuntimeError:
+                is_own = False
+            if is_own:
+                self._stop(seconds)
+            else:
+                loop.call_soon_threadsafe(self._stop, seconds)
+
+    def _stop(self, seconds: float) -> None:
+        assert self._loop is not None
+        self._deadline = min(self._deadline, self._loop.time() + seconds)
+        self._stopping.set()
+        self._hurry.notify()
+        self._changes.notify()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every consumer is subscribed, and the worker is not stopping."""
+        return (
+            self._was_started
+            and not self._stopping.is_set()
+            and all(consumer.state is ConsumerState.SUBSCRIBED for consumer in self._consumers)
+        )
+
+    async def wait_ready(self, timeout: float | None = 30.0) -> None:
+        """Wait until every consumer is subscribed.
+
+        Args:
+            timeout: Seconds; None for no bound.
+
+        Raises:
+            ConnectionLostError: They are not within ``timeout`` seconds. The worker goes on trying.
+            WorkQueueError: The error that ended the worker.
+            StateError: The worker has ended, or is stopping.
+        """
+        with anyio.move_on_after(timeout):
+            while not self.is_ready:
+                if self._error is not None:
+                    raise self._error
+                if self._stopping.is_set():
+                    raise StateError(
+                        "this worker will not be ready",
+                        reason="it was stopped",
+                        advice="Make a new Worker.",
+                    )
+                await self._changes.wait()
+            return
+        raise ConnectionLostError("waiting until the worker is ready", reason=self._why_not_ready())
+
+    def _why_not_ready(self) -> str:
+        for consumer in self._consumers:
+            if consumer.state is not ConsumerState.SUBSCRIBED:
+                error = consumer.statistics().last_error or self._connection.last_error
+                queue = consumer.queue.name
+                return f"queue {queue!r} is not consumed from: {error or 'no answer in time'}"
+        return "it was not started"
+
+    def statistics(self) -> WorkerStatistics:
+        """Return what the worker is doing and has done."""
+        return WorkerStatistics(
+            is_ready=self.is_ready,
+            is_connected=self._connection.is_connected,
+            reconnects=self._connection.reconnects,
+            consumers={consumer.queue.name: consumer.statistics() for consumer in self._consumers},
+        )
+
+    # In the background
+
+    async def __aenter__(self) -> Self:
+        self._background = _Background(self)
+        await self._background.start()
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        background, self._background = self._background, None
+        if background is not None:
+            await background.finish(exc_value)
+
+
+class _Background:
+    """A worker that runs beside the body of ``async with worker:``.
+
+    It is a plain task, not a task group of the body, so that enter and exit may happen in different
+    tasks (as in fixtures of test frameworks). Like a task group, it cancels the body when the worker
+    fails: nobody goes on beside a worker that is dead.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._host = asyncio.current_task()
+        self._task: asyncio.Task[None] | None = None
+        self._is_body = False
+        self._cancelled_body = False
+
+    async def start(self) -> None:
+        worker = self._worker
+        task = asyncio.get_running_loop().create_task(worker.run(), name="aioworkq worker")
+        self._task = task
+        try:
+            ready = asyncio.ensure_future(worker.wait_ready(worker._timeout))  # noqa: SLF001 - one module
+            try:
+                await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
+                if task.done():
+                    task.result()
+                if ready.done():
+                    ready.result()
+            finally:
+                ready.cancel()
+                await asyncio.wait({ready})
+                if not ready.cancelled():
+                    ready.exception()
+        except BaseException:
+            worker.stop(grace=0)
+            await self._wait()
+            raise
+        self._is_body = True
+        task.add_done_callback(self._on_done)
+
+    def _on_done(self, task: asyncio.Task[None]) -> None:
+        failed = not task.cancelled() and task.exception() is not None
+        if failed and self._is_body and self._host is not None and not self._host.done():
+            self._cancelled_body = True
+            self._host.cancel()
+
+    async def finish(self, body_error: BaseException | None) -> None:
+        self._is_body = False
+        self._worker.stop()
+        await self._wait()
+        if self._cancelled_body and self._host is not None:
+            self._host.uncancel()
+        task = self._task
+        if task is None or task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and (
+            body_error is None or isinstance(body_error, asyncio.CancelledError)
+        ):
+            raise error
+
+    async def _wait(self) -> None:
+        """Wait for the worker's end; a cancellation of the caller stops it at once."""
+        task = self._task
+        if task is None:
+            return
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            self._worker.stop(grace=0)
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait({task})
+            raise
+        finally:
+            if task.done() and not task.cancelled():
+                task.exception()
+
+
+def _checked_grace(grace: float) -> float:
+    if not 0 <= grace < math.inf:
+        raise ValueError(f"grace is {grace}: it must be a number of seconds, 0 or more.")
+    return grace
