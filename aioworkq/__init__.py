@@ -5,6 +5,7 @@ promises is in their docstrings, and in ``docs/explanation/guarantees.md`` with 
 it.
 """
 
+from aioworkq.batch import PublishReport
 from aioworkq.consumer import ConsumerStatistics
 from aioworkq.errors import (
     AccessRefusedError,
@@ -24,7 +25,7 @@ from aioworkq.errors import (
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.message import Delivery, Message
 from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
-from aioworkq.producer import Producer, ProducerStatistics, PublishReport
+from aioworkq.producer import Producer, ProducerStatistics
 from aioworkq.retry import RetryPolicy
 from aioworkq.script import run
 from aioworkq.topology import Queue

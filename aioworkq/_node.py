@@ -1,356 +1,255 @@
-"""What a private RabbitMQ node is made of: the installation, its ports, its folder, its environment.
+"""The processes of one private RabbitMQ node: its epmd, its server, its tools, its watchdog.
 
-:mod:`aioworkq.testing` is the front of this and owns everything asynchronous: the functions here
-block and know no event loop. How a node ends is not here but in :mod:`aioworkq._watchdog`.
+The asynchronous part of a node, bound to no event loop: the long-lived processes are plain
+:class:`subprocess.Popen` objects, and waiting for them is polling. What they run on is in
+``_node_parts.py``, their end in ``_watchdog.py``; the promises to users are made in
+:mod:`aioworkq.testing`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pwd
-import re
-import secrets
-import shutil
-import socket
+import signal
 import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import IO, TYPE_CHECKING, Self
+
+import anyio
+import anyio.to_thread
+from anyio.streams.buffered import BufferedByteReceiveStream
+
+from aioworkq import _node_parts, _watchdog
+from aioworkq._node_parts import HOST, NodeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
-HOST = "127.0.0.1"
-
-PLACES = (
-    "/usr/lib/rabbitmq/bin",  # the packages of Debian and of RabbitMQ: no wrapper for root there
-    "/usr/local/sbin",
-    "/usr/local/bin",
-    "/usr/sbin",
-    "/usr/bin",
-    "/sbin",
-    "/bin",
-    "/opt/homebrew/sbin",
-    "/opt/homebrew/bin",
-)
-"""Where programs are looked for after ``PATH``, which lacks ``sbin`` for plain users."""
-
-DEFAULTS = {
-    "distribution.listener.interface": HOST,
-    "disk_free_limit.absolute": "50MB",
-    "vm_memory_high_watermark.absolute": "1GB",
-    "collect_statistics_interval": "1000",
-    "log.console": "false",
-}
+_POLL = 0.01
+_LOG_TAIL = 16_384
+_CONNECTION_START = b"\x00\x0a\x00\x0a"
 
 
-class NodeError(RuntimeError):
-    """A private node could not do what was asked of it.
+@dataclass(kw_only=True, eq=False)
+class Node:
+    """One node: a folder, ports, and the processes that live on them."""
 
-    Attributes:
-        what: What did not work.
-        reason: Why, in RabbitMQ's own words where it gave any.
-        advice: What to do about it.
-        log: The tail of the node's log, or an empty text.
-    """
+    path: Path
+    name: str
+    installation: _node_parts.Installation
+    account: _node_parts.Account
+    ports: _node_parts.Ports
+    watchdog: subprocess.Popen[bytes]
+    env: Mapping[str, str]
+    cluster_name: str
+    server: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    epmd: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
-    def __init__(self, what: str, *, reason: str, advice: str = "", log: str = "") -> None:
-        self.what = what
-        self.reason = reason
-        self.advice = advice
-        self.log = log
-        super().__init__(what, reason)
-
-    def __str__(self) -> str:
-        sentence = f"{self.what}: {self.reason.rstrip('.')}. {self.advice}".rstrip()
-        return f"{sentence}\nThe end of its log:\n{self.log}" if self.log else sentence
-
-
-class NotInstalledError(NodeError):
-    """There is no RabbitMQ server on this machine, or not the version that was asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Installation:
-    """One RabbitMQ server and the Erlang that runs it.
-
-    Attributes:
-        version: RabbitMQ's version.
-        home: The folder that has ``sbin``, ``plugins`` and ``escript``.
-        erl: The ``erl`` program.
-        epmd: The ``epmd`` program.
-        erl_call: The ``erl_call`` program, ``None`` where Erlang came without it.
-    """
-
-    version: str
-    home: Path
-    erl: Path
-    epmd: Path
-    erl_call: Path | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ports:
-    """The ports of one node, all of them on the loopback interface."""
-
-    amqp: int
-    tls: int
-    distribution: int
-    epmd: int
-
-    def all_free(self) -> bool:
-        """Tell whether nobody listens on any of them."""
-        return all(
-            port_is_free(port) for port in (self.amqp, self.tls, self.distribution, self.epmd)
+    @classmethod
+    async def create(
+        cls,
+        *,
+        version: str | None,
+        config: Mapping[str, str],
+        plugins: Sequence[str],
+        tls_files: Mapping[str, str | os.PathLike[str]],
+    ) -> Self:
+        """Choose ports, start the watchdog and only then create the folder that it watches."""
+        installation = await anyio.to_thread.run_sync(_node_parts.find_installation, version)
+        account = _node_parts.account()
+        path = _node_parts.new_folder_path(account)
+        ports = _node_parts.choose_ports()
+        name = path.name.replace("-", "")
+        node = cls(
+            path=path,
+            name=name,
+            installation=installation,
+            account=account,
+            ports=ports,
+            watchdog=_watchdog.spawn(path, uid=account.uid, gid=account.gid),
+            env=_node_parts.environment(path, installation=installation, ports=ports, name=name),
+            # Unless it is configured it begins with the name of the node.
+            cluster_name=config.get("cluster_name", f"{name}@"),
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Account:
-    """The user that runs a node."""
-
-    uid: int
-    gid: int
-
-
-def find_installation(version: str | None) -> Installation:
-    """Find the RabbitMQ server of this machine.
-
-    Args:
-        version: The version it must have; ``None`` takes what is installed.
-
-    Raises:
-        NotInstalledError: When it is missing, incomplete or of another version.
-    """
-    server = _find_program("rabbitmq-server", near="../plugins")
-    erl = _find_program("erl")
-    if server is None or erl is None:
-        raise NotInstalledError(
-            "a private RabbitMQ node cannot start",
-            reason=f"{'rabbitmq-server' if server is None else 'erl'} is not installed",
-            advice="Install RabbitMQ; on Debian: apt-get install rabbitmq-server.",
-        )
-    home = server.parent.parent
-    found = [
-        entry.name.removeprefix("rabbit-").removesuffix(".ez")
-        for entry in home.glob("plugins/rabbit-[0-9]*")
-    ]
-    if version is not None and version not in found:
-        raise NotInstalledError(
-            f"RabbitMQ {version} cannot start",
-            reason=f"what is installed in {home} is version {', '.join(found) or 'unknown'}",
-            advice=f"Install RabbitMQ {version}, or leave version=None to take what is there.",
-        )
-    return Installation(
-        version=version or next(iter(found), "unknown"),
-        home=home,
-        erl=erl,
-        epmd=_erlang_program("epmd", erl=erl) or Path("epmd"),
-        erl_call=_erlang_program("erl_call", erl=erl),
-    )
-
-
-def _find_program(name: str, *, near: str = ".") -> Path | None:
-    """Find a program on ``PATH`` or in :data:`PLACES`; links are followed, wrappers passed by."""
-    for folder in (None, *PLACES):
-        found = shutil.which(name, path=folder)
-        if found is not None:
-            program = Path(found).resolve()
-            if program.name == name and (program.parent / near).exists():
-                return program
-    return None
-
-
-def _erlang_program(name: str, *, erl: Path) -> Path | None:
-    """Find a program that came with this Erlang."""
-    return next(erl.parent.parent.glob(f"erts-*/bin/{name}"), None)
-
-
-def port_is_free(port: int) -> bool:
-    """Tell whether a server could listen on this port of the loopback interface now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
-        except OSError:
+            await anyio.to_thread.run_sync(
+                lambda: _node_parts.build_folder(
+                    path,
+                    installation=installation,
+                    account=account,
+                    ports=ports,
+                    config=config,
+                    plugins=plugins,
+                    tls_files=tls_files,
+                )
+            )
+        except BaseException:
+            await node.destroy()
+            raise
+        return node
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server's process lives, paused or not."""
+        return self.server is not None and self.server.poll() is None
+
+    def log(self) -> str:
+        """Return the tail of what the node wrote: its output, then its log."""
+        tails: list[str] = []
+        for name in ("output.log", "node.log"):
+            with contextlib.suppress(OSError), (self.path / name).open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _LOG_TAIL))
+                tails.append(file.read().decode(errors="replace").strip())
+        return "\n".join(tail for tail in tails if tail)
+
+    async def boot(self, *, timeout: float) -> None:
+        """Start the server and wait until it answers AMQP. Whatever prevents it kills it."""
+        try:
+            # The log of an earlier life would stand in the error of this one.
+            with (self.path / "output.log").open("ab") as output:
+                output.truncate(0)
+                if self.epmd is None or self.epmd.poll() is not None:
+                    listen = ("-port", str(self.ports.epmd), "-address", HOST)
+                    self.epmd = self._spawn([self.installation.epmd, *listen], output=output)
+                program = self.path / "home" / "sbin" / "rabbitmq-server"
+                self.server = self._spawn([program], output=output)
+            try:
+                with anyio.fail_after(timeout):
+                    await self._serve()
+            except TimeoutError:
+                reason = f"it did not answer on port {self.ports.amqp} within {timeout:g} seconds"
+                raise self._not_started(reason) from None
+        except BaseException:
+            with anyio.CancelScope(shield=True):
+                await self.kill()
+            raise
+
+    async def _serve(self) -> None:
+        while not await self._answers():
+            for process in (self.epmd, self.server):
+                if process is not None and process.poll() is not None:
+                    who = "the node" if process is self.server else "its epmd"
+                    raise self._not_started(f"{who} exited with status {process.returncode}")
+            await anyio.sleep(_POLL)
+
+    async def _answers(self) -> bool:
+        """Tell whether it is our node that answers on our port, with Connection.Start."""
+        try:
+            with anyio.fail_after(5):
+                async with await anyio.connect_tcp(HOST, self.ports.amqp) as stream:
+                    await stream.send(b"AMQP\x00\x00\x09\x01")
+                    received = BufferedByteReceiveStream(stream)
+                    header = await received.receive_exactly(7)
+                    payload = await received.receive_exactly(int.from_bytes(header[3:]))
+        except (OSError, anyio.EndOfStream, anyio.IncompleteRead, anyio.BrokenResourceError):
             return False
-    return True
+        # Somebody else's broker on this port would have another name.
+        return payload.startswith(_CONNECTION_START) and self.cluster_name.encode() in payload
 
-
-def free_port() -> int:
-    """Choose a free port below the ephemeral range.
-
-    No outgoing connection can then take the port of a stopped node that wants it back, and
-    nobody who polls the port can connect to itself.
-    """
-    for _ in range(1000):
-        port = 20_000 + secrets.randbelow(12_000)
-        if port_is_free(port):
-            return port
-    raise NodeError(
-        "a private RabbitMQ node cannot start",
-        reason="no free port was found between 20000 and 32000",
-        advice="Stop some of the servers on this machine.",
-    )
-
-
-def choose_ports() -> Ports:
-    """Choose the ports of a new node. They are not reserved: a race may still lose one."""
-    return Ports(amqp=free_port(), tls=free_port(), distribution=free_port(), epmd=free_port())
-
-
-def unprivileged_account() -> Account | None:
-    """Say as whom a node runs: ``None``, ourselves, unless we are root."""
-    if os.geteuid() != 0:
-        return None
-    for name in ("rabbitmq", "nobody"):
-        with contextlib.suppress(KeyError):
-            user = pwd.getpwnam(name)
-            return Account(uid=user.pw_uid, gid=user.pw_gid)
-    return Account(uid=65534, gid=65534)
-
-
-def new_folder_path(account: Account | None) -> Path:
-    """Choose the path of a new folder, one that the account reaches. Nothing is created yet."""
-    for base in dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp")):  # noqa: S108 - fallbacks
-        path = Path(base).resolve()
-        # RabbitMQ's shell scripts do not quote paths.
-        if re.fullmatch(r"[\w./+-]+", str(path)) and (account is None or _is_reachable(path)):
-            return path / f"aioworkq-{secrets.token_hex(6)}"
-    raise NodeError(
-        "a private RabbitMQ node cannot start",
-        reason=f"the user that runs it cannot reach {tempfile.gettempdir()}",
-        advice="Set TMPDIR to a folder that everybody may enter, without spaces in its path.",
-    )
-
-
-def _is_reachable(path: Path) -> bool:
-    """Tell whether any user may walk down to this folder."""
-    return path.is_dir() and all(step.stat().st_mode & 0o001 for step in (path, *path.parents))
-
-
-def build_folder(
-    path: Path,
-    *,
-    installation: Installation,
-    account: Account | None,
-    config: Mapping[str, str],
-    plugins: Sequence[str],
-    files: Mapping[str, bytes],
-) -> None:
-    """Create a node's folder: cookie, configuration, data, and a slim home to boot from.
-
-    Booting RabbitMQ is mostly loading code that lies on its path: a ``plugins`` folder with only
-    what is needed halves the time (3.10: 5.3 to 2.7 s).
-
-    Args:
-        path: The folder; it must not exist.
-        installation: The server to run.
-        account: Who is to own the folder, ``None`` for us.
-        config: The lines of ``rabbitmq.conf``.
-        plugins: The plugins to enable.
-        files: Further files by name, readable by the node only.
-    """
-    path.mkdir(mode=0o700)
-    home, slim = installation.home, path / "home"
-    for folder in ("data", "home", "home/plugins"):
-        (path / folder).mkdir()
-    for folder in ("sbin", "escript"):
-        (slim / folder).symlink_to(home / folder)
-    for plugin in _needed_plugins(home / "plugins", wanted=plugins):
-        (slim / "plugins" / plugin.name).symlink_to(plugin)
-    lines = "".join(f"{key} = {value}\n" for key, value in config.items())
-    contents = {
-        ".erlang.cookie": secrets.token_hex(16).encode(),
-        "rabbitmq.conf": lines.encode(),
-        "rabbitmq-env.conf": b"",
-        "enabled_plugins": f"[{','.join(plugins)}].\n".encode(),
-        **files,
-    }
-    for name, content in contents.items():
-        (path / name).write_bytes(content)
-        (path / name).chmod(0o400 if name == ".erlang.cookie" or name in files else 0o600)
-    if account is not None:
-        for entry in (path, *path.rglob("*")):
-            os.lchown(entry, account.uid, account.gid)
-
-
-def _needed_plugins(folder: Path, *, wanted: Sequence[str]) -> Iterator[Path]:
-    """Walk the ``applications`` lists from RabbitMQ and the wanted plugins down."""
-    available = {entry.name.split("-")[0]: entry for entry in folder.iterdir()}
-    if missing := [name for name in wanted if name not in available]:
-        raise NodeError(
-            "a private RabbitMQ node cannot start",
-            reason=f"there is no plugin {', '.join(missing)} in {folder}",
-            advice="Correct plugins=, or install the plugin.",
+    def _not_started(self, reason: str) -> NodeError:
+        return NodeError(
+            f"RabbitMQ {self.installation.version} did not start",
+            reason=reason,
+            advice="Correct config= or plugins=, or allow a longer startup_timeout.",
+            log=self.log(),
         )
-    waiting, seen = ["rabbit", "rabbitmq_prelaunch", *wanted], set[str]()
-    while waiting:
-        name = waiting.pop()
-        if name in seen or name not in available:  # what is not here belongs to Erlang
-            continue
-        seen.add(name)
-        yield available[name]
+
+    async def terminate(self, *, timeout: float) -> None:
+        """Stop the server in order, or kill it after ``timeout`` seconds."""
+        if self.server is not None and self.is_alive:
+            self.server.send_signal(signal.SIGCONT)
+            self.server.terminate()
+            if not await _exits(self.server, timeout=timeout):
+                await self.kill()
+
+    async def kill(self) -> None:
+        """Kill the server and wait until it is gone."""
+        if self.server is not None and self.is_alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.server.pid, signal.SIGKILL)
+            await _exits(self.server, timeout=15)
+
+    async def run(
+        self, arguments: Sequence[str | Path], *, what: str, timeout: float, stdin: bytes = b""
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run a tool as the node's user in the node's environment; kill it when cancelled."""
+        pipe = subprocess.PIPE
+        process = self._spawn(arguments, input_=pipe, output=pipe, errors=pipe)
         try:
-            text = (available[name] / "ebin" / f"{name}.app").read_text()
-        except OSError:  # packed into one file: it cannot be read so simply, so take everything
-            waiting.extend(available)
-            continue
-        for applications in re.findall(r"applications\s*,\s*\[([^\]]*)\]", text):
-            waiting.extend(re.findall(r"\w+", applications))
+            with anyio.fail_after(timeout):
+                stdout, stderr = await anyio.to_thread.run_sync(
+                    process.communicate, stdin, abandon_on_cancel=True
+                )
+        except TimeoutError:
+            raise NodeError(
+                what,
+                reason=f"no answer in {timeout:g} seconds",
+                advice="Call resume() if the node is paused, or allow a longer timeout.",
+            ) from None
+        finally:
+            if process.poll() is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(arguments, process.returncode, stdout, stderr)
+
+    async def destroy(self) -> None:
+        """Kill everything and remove the folder, even when cancelled."""
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(self._destroy)
+
+    def _destroy(self) -> None:
+        watchdog = self.watchdog
+        if _dismiss(watchdog) != 0:  # somebody killed it: a new one does the work
+            watchdog = _watchdog.spawn(self.path, uid=self.account.uid, gid=self.account.gid)
+            _dismiss(watchdog)
+        for process in (self.server, self.epmd):
+            if process is not None:
+                process.wait(timeout=15)
+        if self.path.exists():
+            raise NodeError(
+                "a private RabbitMQ node left something behind",
+                reason=f"{self.path} could not be removed",
+                advice="Remove it by hand.",
+            )
+
+    def _spawn(
+        self,
+        arguments: Sequence[str | Path],
+        *,
+        input_: int = subprocess.DEVNULL,
+        output: int | IO[bytes],
+        errors: int = subprocess.STDOUT,
+    ) -> subprocess.Popen[bytes]:
+        """Start a program as the node's user, in a session of its own, with nothing inherited."""
+        is_root = os.geteuid() == 0
+        return subprocess.Popen(  # noqa: S603 - our own arguments
+            [str(argument) for argument in arguments],
+            stdin=input_,
+            stdout=output,
+            stderr=errors,
+            env=dict(self.env),
+            cwd=self.path,
+            start_new_session=True,
+            user=self.account.uid if is_root else None,
+            group=self.account.gid if is_root else None,
+            extra_groups=[] if is_root else None,
+        )
 
 
-def environment(
-    path: Path, *, installation: Installation, ports: Ports, name: str
-) -> dict[str, str]:
-    """Build the whole environment of a node and of its tools: nothing is inherited."""
-    programs = dict.fromkeys((str(installation.erl.parent), *PLACES[1:]))
-    return {
-        "PATH": ":".join(programs),
-        "HOME": str(path),
-        "LANG": "C.UTF-8",
-        "ERL_EPMD_PORT": str(ports.epmd),
-        "ERL_EPMD_ADDRESS": HOST,
-        "ERL_CRASH_DUMP": str(path / "erl_crash.dump"),
-        "RABBITMQ_SCRIPTS_DIR": str(path / "home" / "sbin"),
-        "RABBITMQ_NODENAME": name,
-        "RABBITMQ_NODE_PORT": str(ports.amqp),
-        "RABBITMQ_NODE_IP_ADDRESS": HOST,
-        "RABBITMQ_DIST_PORT": str(ports.distribution),
-        "RABBITMQ_MNESIA_BASE": str(path / "data"),
-        "RABBITMQ_MNESIA_DIR": str(path / "data" / "node"),
-        "RABBITMQ_LOG_BASE": str(path),
-        "RABBITMQ_LOGS": str(path / "node.log"),
-        "RABBITMQ_CONFIG_FILE": str(path / "rabbitmq.conf"),
-        "RABBITMQ_ADVANCED_CONFIG_FILE": str(path / "advanced.config"),
-        "RABBITMQ_CONF_ENV_FILE": str(path / "rabbitmq-env.conf"),
-        "RABBITMQ_ENABLED_PLUGINS_FILE": str(path / "enabled_plugins"),
-        "RABBITMQ_PLUGINS_EXPAND_DIR": str(path / "expanded"),
-        "RABBITMQ_GENERATED_CONFIG_DIR": str(path / "generated"),
-        "RABBITMQ_FEATURE_FLAGS_FILE": str(path / "feature_flags"),
-        "RABBITMQ_PID_FILE": str(path / "node.pid"),
-        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "+S 2:2 +sbwt none",
-        # The script then execs Erlang instead of staying its parent: the pid is the node's.
-        "RUNNING_UNDER_SYSTEMD": "true",
-    }
+async def _exits(process: subprocess.Popen[bytes], *, timeout: float) -> bool:
+    """Wait until the process is gone, and say whether it is."""
+    with anyio.move_on_after(timeout):
+        while process.poll() is None:  # noqa: ASYNC110 - no event loop is told of its end
+            await anyio.sleep(_POLL)
+    return process.poll() is not None
 
 
-def spawn(
-    arguments: Sequence[str | Path],
-    *,
-    env: Mapping[str, str],
-    account: Account | None,
-    **options: Any,
-) -> subprocess.Popen[bytes]:
-    """Start a program as the account, in a session of its own and with nothing inherited."""
-    if account is not None:
-        options.update(user=account.uid, group=account.gid, extra_groups=[])
-    return subprocess.Popen(
-        [str(argument) for argument in arguments],
-        env=dict(env),
-        cwd=env["HOME"],
-        start_new_session=True,
-        **options,
-    )
+def _dismiss(watchdog: subprocess.Popen[bytes]) -> int:
+    """Tell a watchdog to do its work, wait until it did, and return its status."""
+    if watchdog.stdin is not None:
+        with contextlib.suppress(BrokenPipeError):
+            watchdog.stdin.write(b"\n")
+        watchdog.stdin.close()
+    return watchdog.wait(timeout=60)

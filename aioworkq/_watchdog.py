@@ -1,9 +1,9 @@
 """The end of a private RabbitMQ node: who kills its processes and removes its folder, and when.
 
-This file is a program too: :mod:`aioworkq.testing` starts it by its path beside every node, in an
-interpreter that sees no other package, so it imports the standard library only. It outlives its
-parent by the milliseconds that it takes to clean up behind it, even behind a SIGKILL. On the
-orderly way it is told to do the same: there is one way to end, and every run tests it.
+This file is a program too: a node starts it by its path, in an interpreter that sees no other
+package, so it imports the standard library only. It outlives its parent by the milliseconds that
+it takes to clean up behind it, even behind a SIGKILL. On the orderly way it is told to do the
+same: there is one way to end, and every run tests it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 
-def spawn(path: Path) -> subprocess.Popen[bytes]:
+def spawn(path: Path, *, uid: int, gid: int) -> subprocess.Popen[bytes]:
     """Start the watchdog of a folder, which need not exist yet.
 
     A byte on its standard input, or our death, makes it destroy the folder and exit with 0. It has
     a session of its own: a Ctrl-C in the terminal does not reach it.
+
+    Args:
+        path: The folder.
+        uid: The user whose processes live in it.
+        gid: The group of that user.
     """
-    return subprocess.Popen(
-        [sys.executable, "-I", "-S", __file__, str(path), str(os.getpid())],
+    arguments = (str(path), str(uid), str(gid), str(os.getpid()))
+    return subprocess.Popen(  # noqa: S603 - our own arguments
+        [sys.executable, "-I", "-S", __file__, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -36,8 +46,8 @@ def spawn(path: Path) -> subprocess.Popen[bytes]:
     )
 
 
-def watch(path: Path, *, parent: int, pipe: int) -> None:
-    """Wait until the pipe says so, or the parent is dead, and destroy the folder.
+def wait_for_end(*, parent: int, pipe: int) -> None:
+    """Wait until the pipe has something to say, or the parent is dead.
 
     The pipe alone would do, were it not for children that the parent forked: they keep its other
     end open. The parent's pidfd alone would miss a parent that died before it was opened.
@@ -48,18 +58,13 @@ def watch(path: Path, *, parent: int, pipe: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         poll.register(os.pidfd_open(parent), select.POLLIN)
     poll.poll()
-    destroy(path)
 
 
-def destroy(path: Path) -> None:
-    """Kill every process that was started for the folder, and remove the folder.
-
-    Processes are found by their environment (``HOME``), which all descendants of a node keep in
-    whatever session or process group Erlang put them.
-    """
+def destroy(path: Path, *, uid: int, gid: int) -> None:
+    """Kill every process that was started for the folder, and remove the folder."""
     empty_scans = 0
     while empty_scans < 2:  # noqa: PLR2004 - the second finds what was forked during the first
-        found = processes_of(path)
+        found = processes_of(path, uid=uid, gid=gid)
         empty_scans = 0 if found else empty_scans + 1
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
@@ -72,23 +77,49 @@ def destroy(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def processes_of(path: Path) -> list[int]:
-    """List the processes that were started for the folder. A zombie is none."""
+def processes_of(path: Path, *, uid: int, gid: int) -> list[int]:
+    """List the processes that were started for the folder. A zombie is none.
+
+    They are found by their environment (``HOME``), which all descendants of a node keep in
+    whatever session or process group Erlang put them.
+    """
     mark = f"\0HOME={path}\0".encode()
     found: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in b"\0" + (entry / "environ").read_bytes():
-                    found.append(int(entry.name))
+    with _seeing_as(uid, gid):
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if mark in b"\0" + (entry / "environ").read_bytes():
+                        found.append(int(entry.name))
     return found
 
 
+@contextlib.contextmanager
+def _seeing_as(uid: int, gid: int) -> Generator[None]:
+    """Be another user for a moment.
+
+    In a container root is not allowed to read the environment of other users' processes.
+    """
+    ours = os.geteuid(), os.getegid()
+    if ours[0] != 0:
+        yield
+        return
+    os.setegid(gid)
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(ours[0])
+        os.setegid(ours[1])
+
+
 def main() -> None:
-    """Watch over the folder and the process that the command line names."""
+    """Watch over the folder, the user and the parent that the command line names."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    watch(Path(sys.argv[1]), parent=int(sys.argv[2]), pipe=sys.stdin.fileno())
+    path, uid, gid, parent = sys.argv[1:]
+    wait_for_end(parent=int(parent), pipe=sys.stdin.fileno())
+    destroy(Path(path), uid=int(uid), gid=int(gid))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Codec(Protocol):
         """
         ...
 
-    def decode(self, body: bytes, content_type: str | None) -> Any:
+    def decode(self, body: bytes, content_type: str | None, /) -> Any:
         """Decode one body.
 
         Raises:
@@ -89,7 +89,7 @@ class BytesCodec:
             return Encoded(bytes(value), BYTES)
         raise TypeError(f"a body of this queue is bytes, not {_name(type(value))}.")
 
-    def decode(self, body: bytes, content_type: str | None) -> bytes:
+    def decode(self, body: bytes, _content_type: str | None) -> bytes:
         """Return the body."""
         return body
 
@@ -162,7 +162,7 @@ class JsonCodec:
             raise TypeError(f"this body is not a valid {self._name}: {exc}.") from exc
         return Encoded(body, JSON, "utf-8")
 
-    def decode(self, body: bytes, content_type: str | None) -> Any:
+    def decode(self, body: bytes, _content_type: str | None) -> Any:
         """Decode and check a body."""
         return _decode_json(self._decoder, body, self._name)
 
@@ -186,7 +186,7 @@ class PydanticCodec:
         except Exception as exc:  # pydantic-core raises its own errors, and those of user code
             raise TypeError(f"this {self._name} cannot be encoded: {exc}.") from exc
 
-    def decode(self, body: bytes, content_type: str | None) -> Any:
+    def decode(self, body: bytes, _content_type: str | None) -> Any:
         """Decode and validate a body."""
         try:
             return self._adapter.validate_json(body)

@@ -204,6 +204,11 @@ def _check_options(
             f"on_connection_loss is {on_connection_loss!r}: it must be 'finish' or 'cancel'.",
         )
     if retry is not None:
+        if on_error != "requeue":
+            raise ValueError(
+                f"retry and on_error={on_error!r} are both given: a retry policy is what "
+                "happens on an error. Give one of them.",
+            )
         attempts = retry.attempts
     return Options(
         concurrency=concurrency,
@@ -257,9 +262,7 @@ def _bind(function: Callable[..., Any], name: str) -> tuple[str, str | None, Any
         annotation = hints.get(parameter.name, parameter.annotation)
         if _is_delivery(annotation):
             deliveries.append(parameter.name)
-        elif parameter.default is parameter.empty:
-            bodies.append((parameter.name, annotation))
-        elif not bodies:
+        elif parameter.default is parameter.empty or not bodies:
             bodies.append((parameter.name, annotation))
     if len(bodies) != 1:
         found = ", ".join(repr(body) for body, _ in bodies) or "none"
@@ -305,7 +308,7 @@ def _accepts(annotation: Any, body_type: Any) -> bool:
     if not (isinstance(wide, type) and isinstance(narrow, type)):
         return True  # a TypeVar, a Protocol, an alias: the type checker knows better
     if get_args(annotation) and get_args(body_type) and get_args(annotation) != get_args(body_type):
-        return not (wide is narrow) and issubclass(narrow, wide)
+        return wide is not narrow and issubclass(narrow, wide)
     try:
         return issubclass(narrow, wide)
     except TypeError:

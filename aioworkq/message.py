@@ -60,15 +60,19 @@ class Message:
 
     Attributes:
         body: The payload, encoded.
-        routing_key: The queue's name: everything is published to the default exchange.
+        queue: The queue that it is meant for, or came from.
+        exchange: Where it is published to; empty for the default exchange, which takes a queue's
+            name as the routing key.
+        routing_key: What the exchange routes by; the queue's name unless given.
         headers: Values are str, int, float, bool, None, datetime, Decimal, lists and dicts of them.
         expiration: Seconds after which the broker may drop or dead-letter it; None for never.
         timestamp: When it was published, aware.
     """
 
     body: bytes
-    routing_key: str
+    queue: str
     exchange: str = ""
+    routing_key: str = ""
     message_id: str = ""
     correlation_id: str | None = None
     content_type: str | None = None
@@ -82,7 +86,11 @@ class Message:
     app_id: str | None = None
     reply_to: str | None = None
 
-    def copy_to(self, routing_key: str, headers: dict[str, Any]) -> Message:
+    def __post_init__(self) -> None:
+        if not self.routing_key:
+            self.routing_key = self.queue
+
+    def copy_to(self, queue: str, headers: dict[str, Any]) -> Message:
         """Return a persistent copy for another queue, or for the same one, with these headers.
 
         It goes to the default exchange. The broker's own headers are left out, see
@@ -90,7 +98,7 @@ class Message:
         """
         return Message(
             body=self.body,
-            routing_key=routing_key,
+            queue=queue,
             message_id=self.message_id,
             correlation_id=self.correlation_id,
             content_type=self.content_type,

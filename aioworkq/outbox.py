@@ -146,19 +146,21 @@ class Outbox:
             loop = asyncio.get_running_loop()
             self._task = loop.create_task(self._run(), name="aioworkq publishes")
 
-    async def publish(self, message: Message, *, timeout: float) -> None:
+    async def publish(self, message: Message, wire: Any, *, deadline: float) -> None:
         """Publish one message and wait for its confirm.
 
         Cancelling it is safe: a message that was not sent yet never will be; one that was sent may
         be stored.
 
+        Args:
+            message: The message.
+            wire: What `Connection.prepare` made of it.
+            deadline: By the event loop's clock.
+
         Raises:
-            ValueError: The broker would not take it.
-            TypeError: A header's value has a type that AMQP does not know.
             WorkQueueError: One of the errors of `Producer.publish`.
         """
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[None] = loop.create_future()
+        outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
         def done(error: WorkQueueError | None) -> None:
             if outcome.done():
@@ -168,8 +170,7 @@ class Outbox:
             else:
                 outcome.set_exception(error)
 
-        wire = self._connection.prepare(message)
-        publication = self.submit(message, wire, deadline=loop.time() + timeout, done=done)
+        publication = self.submit(message, wire, deadline=deadline, done=done)
         try:
             await outcome
         except asyncio.CancelledError:
@@ -243,7 +244,7 @@ class Outbox:
                 self.unroutable += 1
                 return UnroutableError(
                     message.message_id,
-                    queue=message.routing_key,
+                    queue=message.queue,
                     reason=reason,
                 )
             case Confirm.NACK:
@@ -253,17 +254,17 @@ class Outbox:
                 self.not_confirmed += 1
                 return NotConfirmedError(
                     message.message_id,
-                    queue=message.routing_key,
+                    queue=message.queue,
                     reason=reason,
                 )
 
     def _unknown(self, message: Message, reason: str) -> OutcomeUnknownError:
         self.unknown += 1
-        return OutcomeUnknownError(message.message_id, queue=message.routing_key, reason=reason)
+        return OutcomeUnknownError(message.message_id, queue=message.queue, reason=reason)
 
     def _never_sent(self, message: Message, reason: str) -> ConnectionLostError:
         return ConnectionLostError(
-            f"message {message.message_id} for queue {message.routing_key!r} was not sent",
+            f"message {message.message_id} for queue {message.queue!r} was not sent",
             reason=reason,
         )
 
@@ -367,7 +368,7 @@ class Outbox:
             # The broker closed the channel for what was on it, and there was one message only.
             self._suspects = max(0, self._suspects - 1)
             message = again[0].message
-            error = NotConfirmedError(message.message_id, queue=message.routing_key, reason=reason)
+            error = NotConfirmedError(message.message_id, queue=message.queue, reason=reason)
             self.not_confirmed += 1
             self._finish(again[0], error)
             return

@@ -110,7 +110,7 @@ def outcome_of(
     failure = failure_of(exc)
     if retry is not None and not retry.applies_to(exc):
         return DeadLetter(f"not retried: {failure.type}", failure)
-    if on_error == "dead-letter" and retry is None:
+    if on_error == "dead-letter":
         return DeadLetter(f"failed: {failure.type}", failure)
     if is_used_up(delivery.attempt, attempts):
         return DeadLetter(f"gave up after {delivery.attempt} attempts", failure)

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import ssl
 import uuid
-from collections.abc import AsyncIterable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -19,20 +17,23 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 import anyio
 
 from aioworkq.amqp import AmqpConnection
+from aioworkq.batch import Batch, PublishReport, each
 from aioworkq.codec import codec_for
+from aioworkq.delay import checked_delay
+from aioworkq.delays import DelayQueues
 from aioworkq.errors import (
     AccessRefusedError,
     ConnectionLostError,
     StateError,
     UnroutableError,
-    WorkQueueError,
 )
 from aioworkq.message import Message
 from aioworkq.outbox import Outbox
 from aioworkq.topology import Queue, as_queue, declarations
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+    import ssl
+    from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
     from types import TracebackType
 
 T = TypeVar("T")
@@ -72,44 +73,6 @@ class ProducerStatistics:
     resent: int
     reconnects: int
     last_error: str
-
-
-class PublishReport:
-    """What became of each message of a `Producer.publish_many`.
-
-    Attributes:
-        confirmed: How many messages RabbitMQ took responsibility for.
-        errors: The error of each message that failed, by its position in the iterable, from 0.
-    """
-
-    def __init__(self) -> None:
-        self.confirmed = 0
-        self.errors: dict[int, Exception] = {}
-
-    def __len__(self) -> int:
-        return self.confirmed + len(self.errors)
-
-    def __getitem__(self, position: int) -> Exception | None:
-        """Return the error of one message, None if it was confirmed."""
-        if not 0 <= position < len(self):
-            raise IndexError(f"there are {len(self)} messages, numbered from 0.")
-        return self.errors.get(position)
-
-    def __iter__(self) -> Iterator[Exception | None]:
-        return (self.errors.get(position) for position in range(len(self)))
-
-    @property
-    def failed(self) -> int:
-        """How many messages failed."""
-        return len(self.errors)
-
-    def raise_for_errors(self) -> None:
-        """Raise the error of the first message that failed, if any did."""
-        if self.errors:
-            raise self.errors[min(self.errors)]
-
-    def __repr__(self) -> str:
-        return f"<PublishReport: {self.confirmed} confirmed, {self.failed} failed>"
 
 
 class Producer:
@@ -163,6 +126,7 @@ class Producer:
         self._window_bytes = max(max_message_size, 16 * 1024 * 1024)
         self._outbox: Outbox | None = None
         self._declared: set[str] = set()
+        self._delays = DelayQueues(self._connection)
         self._declaring = anyio.Lock()
         self._is_closed = False
         self._ids = uuid.uuid4().hex[:20]
@@ -244,6 +208,8 @@ class Producer:
         headers: Mapping[str, Any] | None = None,
         message_id: str | None = None,
         correlation_id: str | None = None,
+        delay: float | None = None,
+        at: datetime | None = None,
         timeout: float | None = None,
     ) -> str:
         """Publish one message, and return its id once RabbitMQ has taken responsibility for it.
@@ -255,7 +221,8 @@ class Producer:
         Cancelling it is safe: the message is then stored once, or not at all.
 
         Args:
-            queue: The queue, declared if it does not exist; a bare name is short for ``Queue(name)``.
+            queue: The queue, declared if it does not exist; a bare name is short for
+                ``Queue(name)``.
             body: A value of the queue's body type.
             priority: 0 to 255, on a queue with ``max_priority``.
             expiration: Seconds after which an unhandled message expires; None for never.
@@ -263,6 +230,9 @@ class Producer:
             message_id: At most 255 bytes; None to have one made. Publish again under the same id
                 what got an `OutcomeUnknownError`.
             correlation_id: At most 255 bytes.
+            delay: Seconds that the message waits in RabbitMQ first, a year at most; never less, and
+                an eighth of a second or one part in 16 more, whichever is longer.
+            at: The same as a point in time, an aware datetime; one that has passed means now.
             timeout: Seconds; None for the producer's.
 
         Raises:
@@ -277,6 +247,7 @@ class Producer:
         """
         outbox = self._running("publish")
         queue = as_queue(queue)
+        seconds = _checked_delay(delay, at, expiration)
         message = self._message(
             queue,
             body,
@@ -287,20 +258,19 @@ class Producer:
             correlation_id=correlation_id,
         )
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
-        if not queue.declare or queue.name in self._declared:
-            try:
-                await outbox.publish(message, timeout=wait)
-            except UnroutableError:
-                if not queue.declare:
-                    raise
-            else:
-                return message.message_id
-            self._declared.discard(queue.name)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait
-        self._connection.prepare(message)  # a message that cannot be sent declares nothing
-        await self._declare(queue, deadline)
-        await outbox.publish(message, timeout=max(0.0, deadline - loop.time()))
+        wire = self._connection.prepare(message)
+        if seconds or self._must_declare(queue):
+            await self._make_way(queue, deadline, message=message, delay=seconds)
+            wire = self._connection.prepare(message)
+        try:
+            await outbox.publish(message, wire, deadline=deadline)
+        except UnroutableError:
+            if not (queue.declare or seconds):
+                raise
+            await self.make_way_again(queue, deadline, message=message, delay=seconds)
+            await outbox.publish(message, self._connection.prepare(message), deadline=deadline)
         return message.message_id
 
     async def publish_many(
@@ -312,6 +282,8 @@ class Producer:
         expiration: float | None = None,
         headers: Mapping[str, Any] | None = None,
         correlation_id: str | None = None,
+        delay: float | None = None,
+        at: datetime | None = None,
         timeout: float | None = None,
     ) -> PublishReport:
         """Publish many messages, pipelined, and report what became of each.
@@ -329,6 +301,8 @@ class Producer:
             expiration: As for `publish`, for all of them.
             headers: As for `publish`, for all of them.
             correlation_id: As for `publish`, for all of them.
+            delay: As for `publish`, for all of them.
+            at: As for `publish`, for all of them.
             timeout: Seconds for each message, from when it is taken off the iterable.
 
         Returns:
@@ -343,10 +317,11 @@ class Producer:
         outbox = self._running("publish")
         queue = as_queue(queue)
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
-        await self._declare(queue, asyncio.get_running_loop().time() + wait)
-        batch = _Batch(self, outbox, queue, wait)
+        seconds = _checked_delay(delay, at, expiration)
+        await self._make_way(queue, asyncio.get_running_loop().time() + wait)
+        batch = Batch(self, outbox, queue, delay=seconds, timeout=wait)
         try:
-            async for body in _each(bodies):
+            async for body in each(bodies):
                 await batch.wait_room()
                 try:
                     message = self._message(
@@ -358,46 +333,74 @@ class Producer:
                         message_id=None,
                         correlation_id=correlation_id,
                     )
-                    batch.submit(message)
+                    await batch.submit(message)
                 except (TypeError, ValueError) as exc:
                     batch.fail(exc)
         finally:
             await batch.wait_done()
         return batch.finish()
 
-    async def declare(self, queue: Queue[Any], *, deadline: float) -> None:
-        """Declare a queue anew, because a message found it gone. For this package."""
-        self._declared.discard(queue.name)
-        await self._declare(queue, deadline)
+    def _must_declare(self, queue: Queue[Any]) -> bool:
+        return queue.declare and queue.name not in self._declared
 
-    async def _declare(self, queue: Queue[Any], deadline: float) -> None:
-        """Declare a queue once, trying again through an outage until the deadline."""
-        if not queue.declare or queue.name in self._declared:
-            return
-        what = f"declaring queue {queue.name!r}"
+    async def make_way_again(
+        self,
+        queue: Queue[Any],
+        deadline: float,
+        *,
+        message: Message,
+        delay: float,
+    ) -> None:
+        """Declare what a message found missing: its queue, or a delay queue. For `Batch` too."""
+        self._declared.discard(queue.name)
+        self._delays.forget()
+        await self._make_way(queue, deadline, message=message, delay=delay)
+
+    async def _make_way(
+        self,
+        queue: Queue[Any],
+        deadline: float,
+        *,
+        message: Message | None = None,
+        delay: float = 0.0,
+    ) -> None:
+        """Declare what is not known to exist, trying again through an outage until the deadline.
+
+        Raises:
+            ConnectionLostError: No usable connection in time.
+            TopologyError: The broker refuses.
+        """
         reason = ""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout_at(deadline), self._declaring:
-                while queue.name not in self._declared:
+                while True:
                     await self._connection.wait_connected()
                     left = max(0.1, deadline - loop.time())
                     try:
-                        await self._connection.declare(declarations(queue), timeout=left)
+                        if self._must_declare(queue):
+                            await self._connection.declare(declarations(queue), timeout=left)
+                            self._declared.add(queue.name)
+                        if message is not None and delay:
+                            await self._delays.send_off(message, delay, timeout=left)
                     except AccessRefusedError:
                         raise
                     except ConnectionLostError as exc:
                         reason = exc.reason
                         await asyncio.sleep(_DECLARE_PAUSE)
                     else:
-                        self._declared.add(queue.name)
+                        return
         except TimeoutError:
             if self._connection.is_blocked:
                 reason = "RabbitMQ blocks publishers (memory or disk alarm)"
             raise ConnectionLostError(
-                what,
+                f"declaring queue {queue.name!r}",
                 reason=reason or self._connection.last_error or "no answer in time",
             ) from None
+
+    async def send_off(self, message: Message, delay: float, *, timeout: float) -> None:
+        """Address a message to the delay queues. For `Batch`."""
+        await self._delays.send_off(message, delay, timeout=timeout)
 
     def _running(self, what: str) -> Outbox:
         if self._outbox is None or self._is_closed:
@@ -439,122 +442,14 @@ class Producer:
         )
 
 
-class _Batch:
-    """The messages of one `Producer.publish_many` that are under way."""
-
-    def __init__(
-        self,
-        producer: Producer,
-        outbox: Outbox,
-        queue: Queue[Any],
-        timeout: float,
-    ) -> None:
-        self._producer = producer
-        self._outbox = outbox
-        self._queue = queue
-        self._timeout = timeout
-        self._loop = asyncio.get_running_loop()
-        self._report = PublishReport()
-        self._position = 0
-        self._under_way = 0
-        self._wanted_room = 0
-        self._has_room = asyncio.Event()
-        self._again: list[tuple[int, Message, float]] = []
-
-    def fail(self, error: Exception) -> None:
-        """Note that the next message cannot be sent."""
-        self._report.errors[self._position] = error.with_traceback(None)
-        self._position += 1
-
-    def submit(self, message: Message) -> None:
-        """Hand one message to the outbox."""
-        wire = self._outbox.connection.prepare(message)
-        position = self._position
-        self._position += 1
-        self._send(position, message, wire, self._loop.time() + self._timeout, again=False)
-
-    def _send(
-        self,
-        position: int,
-        message: Message,
-        wire: Any,
-        deadline: float,
-        *,
-        again: bool,
-    ) -> None:
-        def done(error: WorkQueueError | None) -> None:
-            self._under_way -= 1
-            if error is None:
-                self._report.confirmed += 1
-            elif isinstance(error, UnroutableError) and self._queue.declare and not again:
-                self._again.append((position, message, deadline))
-            else:
-                self._report.errors[position] = error
-            if self._under_way <= self._wanted_room:
-                self._has_room.set()
-
-        self._under_way += 1
-        self._outbox.submit(message, wire, deadline=deadline, done=done)
-
-    async def wait_room(self) -> None:
-        """Wait until another message may be under way."""
-        if self._again:
-            await self._publish_again()
-        if self._under_way >= self._outbox.window:
-            # Half a window at a time: waking up for every single confirm costs more than it gains.
-            await self._wait_under_way(self._outbox.window // 2)
-
-    async def wait_done(self) -> None:
-        """Wait until every message has its outcome; each has a deadline."""
-        await self._wait_under_way(0)
-        while self._again:
-            await self._publish_again()
-            await self._wait_under_way(0)
-
-    async def _wait_under_way(self, number: int) -> None:
-        self._wanted_room = number
-        while self._under_way > number:
-            self._has_room.clear()
-            await self._has_room.wait()
-
-    async def _publish_again(self) -> None:
-        """Publish what was returned because its queue had been deleted, after declaring it anew."""
-        again, self._again = self._again, []
-        try:
-            await self._producer.declare(self._queue, deadline=min(one[2] for one in again))
-        except WorkQueueError as exc:
-            for position, _, _ in again:
-                self._report.errors[position] = exc
-            return
-        for position, message, deadline in again:
-            wire = self._outbox.connection.prepare(message)
-            self._send(position, message, wire, deadline, again=True)
-
-    def finish(self) -> PublishReport:
-        """Return the report; failures are logged, so that nobody has to look to hear of them."""
-        report = self._report
-        if report.errors:
-            first = min(report.errors)
-            _log.warning(
-                "%d of %d messages to queue %r failed, the first (number %d): %s",
-                report.failed,
-                len(report),
-                self._queue.name,
-                first,
-                report.errors[first],
-            )
-        return report
-
-
-async def _each(bodies: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
-    if isinstance(bodies, AsyncIterable):
-        async for body in bodies:
-            yield body
-    elif isinstance(bodies, Iterable) and not isinstance(bodies, str | bytes):
-        for body in bodies:
-            yield body
-    else:
-        raise TypeError(f"bodies must be an iterable of bodies, not {type(bodies).__name__}.")
+def _checked_delay(delay: float | None, at: datetime | None, expiration: float | None) -> float:
+    seconds = checked_delay(delay, at, now=datetime.now(UTC))
+    if seconds and expiration is not None:
+        raise ValueError(
+            "a delayed message cannot have an expiration too: it would end the delay. "
+            "Leave one of them out.",
+        )
+    return seconds
 
 
 def _checked_timeout(timeout: float) -> float:
@@ -571,8 +466,8 @@ def check_connection_options(*, heartbeat: int, connect_timeout: float) -> None:
     """
     if not 1 <= heartbeat <= 3600:  # noqa: PLR2004 - an hour
         raise ValueError(
-            f"heartbeat is {heartbeat}: it must be from 1 to 3600 seconds. Without heartbeats a dead "
-            "peer is never noticed.",
+            f"heartbeat is {heartbeat}: it must be from 1 to 3600 seconds. Without heartbeats a "
+            "dead peer is never noticed.",
         )
     if not 0 < connect_timeout < math.inf:
         raise ValueError(f"connect_timeout is {connect_timeout}: it must be more than 0 seconds.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
     from aioworkq.worker import Worker
 
@@ -44,7 +44,7 @@ async def _run(worker: Worker) -> None:
 
 
 @contextlib.contextmanager
-def _drain_on_signals(worker: Worker) -> Iterator[None]:
+def _drain_on_signals(worker: Worker) -> Generator[None, None, None]:
     loop = asyncio.get_running_loop()
     received = 0
 

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from aioworkq.delays import DelayQueues
 from aioworkq.errors import UnroutableError, WorkQueueError
 from aioworkq.message import (
     ATTEMPTS,
+    FIRST_FAILURE,
+    LAST_FAILURE,
     dead_letter_headers,
     is_counted_by_broker,
 )
@@ -33,6 +36,7 @@ _log = logging.getLogger("aioworkq")
 
 _STOPPING_TIMEOUT: Final = 5.0
 _FAILED_COPY_PAUSE: Final = 5.0
+_SHORTEST_DELAY: Final = 0.125
 
 
 @dataclass(slots=True, eq=False)
@@ -92,6 +96,7 @@ class Settler:
         self._outbox = outbox
         self._stopping = stopping
         self._timeout = timeout
+        self._delays = DelayQueues(connection)
         self.counts = Counts()
 
     async def settle(self, unsettled: Unsettled, outcome: Outcome) -> bool:
@@ -163,7 +168,19 @@ class Settler:
         return await self._publish(message.copy_to(self._queue.name, headers))
 
     async def _retry(self, unsettled: Unsettled, outcome: Retry) -> bool:
-        raise NotImplementedError
+        """Let a copy wait in the broker, for at least an eighth of a second."""
+        delivery = unsettled.delivery
+        now = datetime.now(UTC)
+        headers = {FIRST_FAILURE: now, **delivery.message.headers, LAST_FAILURE: now}
+        headers[ATTEMPTS] = delivery.attempt if outcome.counts else unsettled.used
+        copy = delivery.message.copy_to(self._queue.name, headers)
+        # In a delay queue an expiration would end the delay.
+        copy.expiration = None
+        if not await self._publish(copy, delay=max(outcome.delay, _SHORTEST_DELAY)):
+            return await self._put_back(unsettled)
+        self._ack(unsettled)
+        self.counts.retried += 1
+        return True
 
     async def _dead_letter(self, unsettled: Unsettled, outcome: DeadLetter) -> bool:
         delivery = unsettled.delivery
@@ -196,22 +213,30 @@ class Settler:
             await self._stopping.wait()
         return self._give_back(unsettled, counts=False)
 
-    async def _publish(self, copy: Message) -> bool:
+    async def _publish(self, copy: Message, *, delay: float = 0.0) -> bool:
         """Publish a copy and say whether it is confirmed. Never raises an error."""
         timeout = _STOPPING_TIMEOUT if self._stopping.is_set() else self._timeout
         try:
             try:
-                await self._outbox.publish(copy, timeout=timeout)
+                await self._publish_once(copy, delay, timeout)
             except UnroutableError:
+                # A queue was deleted since it was declared.
+                self._delays.forget()
                 await self._connection.declare(declarations(self._queue), timeout=timeout)
-                await self._outbox.publish(copy, timeout=timeout)
+                await self._publish_once(copy, delay, timeout)
         except (WorkQueueError, ValueError, TypeError) as exc:
             _log.error(
                 "A copy of message %s to queue %r could not be published; "
                 "the original goes back to its queue: %s",
                 copy.message_id or "without id",
-                copy.routing_key,
+                copy.queue,
                 exc,
             )
             return False
         return True
+
+    async def _publish_once(self, copy: Message, delay: float, timeout: float) -> None:
+        if delay:
+            await self._delays.send_off(copy, delay, timeout=timeout)
+        deadline = anyio.current_time() + timeout
+        await self._outbox.publish(copy, self._outbox.connection.prepare(copy), deadline=deadline)

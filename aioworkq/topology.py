@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
 if TYPE_CHECKING:
+    import builtins
     from collections.abc import Mapping
 
 T = TypeVar("T")
@@ -73,9 +74,9 @@ class Queue(Generic[T]):
 
     @overload
     def __init__(
-        self: Queue[T],
+        self,
         name: str,
-        body_type: type[T],
+        body_type: builtins.type[T],
         *,
         type: QueueType = ...,
         declare: bool = ...,
@@ -102,7 +103,7 @@ class Queue(Generic[T]):
         name: str,
         body_type: Any = Any,
         *,
-        type: QueueType = "quorum",
+        type: QueueType = "quorum",  # noqa: A002 - RabbitMQ's word, keyword-only
         declare: bool = True,
         max_priority: int | None = None,
         max_length: int | None = None,
@@ -139,8 +140,8 @@ class Queue(Generic[T]):
 
 
 @dataclass(frozen=True, slots=True)
-class Declaration:
-    """One queue to declare, or only to look for.
+class QueueDeclaration:
+    """One durable queue to declare, or only to look for.
 
     Attributes:
         name: The queue's name.
@@ -153,7 +154,29 @@ class Declaration:
     if_missing: Literal["create", "fail", "warn"] = "create"
 
 
-def declarations(queue: Queue[Any]) -> tuple[Declaration, ...]:
+@dataclass(frozen=True, slots=True)
+class ExchangeDeclaration:
+    """One durable exchange to declare."""
+
+    name: str
+    type: Literal["topic", "fanout"]
+    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """One binding to declare, of a queue or an exchange to an exchange."""
+
+    destination: str
+    destination_kind: Literal["queue", "exchange"]
+    source: str
+    routing_key: str
+
+
+Declaration: TypeAlias = QueueDeclaration | ExchangeDeclaration | Binding
+
+
+def declarations(queue: Queue[Any]) -> tuple[QueueDeclaration, ...]:
     """Return what has to exist before a queue can be used, in the order to declare it.
 
     A classic queue is declared without any argument of ours, so that another client's plain
@@ -162,12 +185,12 @@ def declarations(queue: Queue[Any]) -> tuple[Declaration, ...]:
     (https://www.rabbitmq.com/docs/quorum-queues#dead-lettering)
     """
     return (
-        Declaration(
+        QueueDeclaration(
             queue.dead_letter_queue,
             _dead_letter_arguments(queue),
             "create" if queue.declare else "warn",
         ),
-        Declaration(queue.name, _arguments(queue), "create" if queue.declare else "fail"),
+        QueueDeclaration(queue.name, _arguments(queue), "create" if queue.declare else "fail"),
     )
 
 

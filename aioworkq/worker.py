@@ -19,7 +19,7 @@ from anyio import TASK_STATUS_IGNORED
 from aioworkq.amqp import AmqpConnection
 from aioworkq.changes import Changes
 from aioworkq.consumer import Consumer, ConsumerStatistics
-from aioworkq.errors import ConnectionLostError, StateError, WorkQueueError
+from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.handler import Handler, OnConnectionLoss, make_handler
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.outbox import Outbox
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from anyio.abc import TaskGroup, TaskStatus
 
     from aioworkq.outcome import OnError
+    from aioworkq.retry import RetryPolicy
 
 _log = logging.getLogger("aioworkq")
 
@@ -112,8 +113,8 @@ class Worker:
     """Hands messages to handlers, and settles each by what its handler did.
 
     Register handlers with `handler`, then run it in one of three ways: ``aioworkq.run(worker)`` in
-    a script, ``async with worker:`` or ``await task_group.start(worker.run)`` inside an application,
-    or ``await worker.run()``. A worker runs once.
+    a script, ``async with worker:`` or ``await task_group.start(worker.run)`` inside an
+    application, or ``await worker.run()``. A worker runs once.
 
     Args:
         url: ``amqp://user:password@host:port/vhost``, or ``amqps://``; or several, hosts of one
@@ -184,12 +185,14 @@ class Worker:
         attempts: int | None = _DEFAULT_ATTEMPTS,
         on_error: OnError = "requeue",
         on_connection_loss: OnConnectionLoss = "finish",
+        retry: RetryPolicy | None = None,
     ) -> Callable[[F], F]:
         """Register a function as the handler of a queue; it is returned unchanged.
 
-        A coroutine function runs in the event loop, a plain one in a thread. One parameter takes the
-        body; another one, annotated `Delivery`, may take the delivery. It returns: the message is
-        acked. It raises: ``on_error`` says. It raises `Reject`: dead-lettered.
+        A coroutine function runs in the event loop, a plain one in a thread. One parameter takes
+        the body; another one, annotated `Delivery`, may take the delivery. It returns: the message
+        is acked. It raises: ``on_error`` says. It raises `Reject`: dead-lettered. It raises
+        `RetryLater`: handed over again after a delay.
 
         Args:
             queue: The queue; a bare name is short for ``Queue(name)`` with the body type that the
@@ -198,14 +201,17 @@ class Worker:
             prefetch_count: How many unsettled deliveries RabbitMQ hands over at most; None for
                 ``concurrency``. With 1 and 1, work goes to whoever is free.
             timeout: Seconds that one run may take; None for no limit. A coroutine is cancelled; a
-                thread cannot be stopped: its message is settled, its slot stays taken until it ends.
+                thread cannot be stopped: its message is settled, its slot stays taken until it
+                ends.
             attempts: How often a message is started in all before it is dead-lettered, crashes of
                 the process included; None for no bound.
-            on_error: ``"requeue"`` gives the message back to the queue after a pause that grows from
-                0.1 to 5 s; ``"dead-letter"`` and ``"discard"`` do so at the first error; a function
+            on_error: ``"requeue"`` gives the message back to the queue after a pause that grows
+                from 0.1 to 5 s; ``"dead-letter"`` and ``"discard"`` do so at the first error; a function
                 of exception and delivery returns the outcome.
             on_connection_loss: ``"finish"`` lets running handlers end, though their message is
                 handed over again (a redelivery here waits for them); ``"cancel"`` cancels them.
+            retry: Instead of requeueing a failed message, let it wait in RabbitMQ for the policy's
+                delays; the policy's ``attempts`` count. Only for the default ``on_error``.
 
         Raises:
             TypeError: The function does not take what a handler is given.
@@ -235,7 +241,7 @@ class Worker:
                 attempts=attempts,
                 on_error=on_error,
                 on_connection_loss=on_connection_loss,
-                retry=None,
+                retry=retry,
             )
             return function
 
@@ -382,8 +388,8 @@ class Worker:
     def stop(self, *, grace: float | None = None) -> None:
         """Begin to stop, and return at once; `run` returns when all is done.
 
-        Works in every phase, before the start and during a hanging connect too. Called again, it can
-        only shorten the grace period: ``stop(grace=0)`` cancels the handlers now. May be called
+        Works in every phase, before the start and during a hanging connect too. Called again, it
+        can only shorten the grace period: ``stop(grace=0)`` cancels the handlers now. May be called
         from another thread.
 
         Args:
@@ -406,8 +412,7 @@ class Worker:
                 loop.call_soon_threadsafe(self._stop, seconds)
 
     def _stop(self, seconds: float) -> None:
-        assert self._loop is not None
-        self._deadline = min(self._deadline, self._loop.time() + seconds)
+        self._deadline = min(self._deadline, anyio.current_time() + seconds)
         self._stopping.set()
         self._hurry.notify()
         self._changes.notify()
@@ -485,8 +490,8 @@ class _Background:
     """A worker that runs beside the body of ``async with worker:``.
 
     It is a plain task, not a task group of the body, so that enter and exit may happen in different
-    tasks (as in fixtures of test frameworks). Like a task group, it cancels the body when the worker
-    fails: nobody goes on beside a worker that is dead.
+    tasks (as in fixtures of test frameworks). Like a task group, it cancels the body when the
+    worker fails: nobody goes on beside a worker that is dead.
     """
 
     def __init__(self, worker: Worker) -> None:

@@ -21,6 +21,7 @@ import anyio
 from aio_pika import RobustConnection
 from aiormq import exceptions as aiormq_errors
 
+from aioworkq.amqp.declare import ACCESS_REFUSED, NOT_FOUND, declare_on, look_for
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
 from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal
@@ -29,6 +30,7 @@ from aioworkq.amqp.url import display, parse_urls
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, Wire, encode
 from aioworkq.changes import Changes
 from aioworkq.errors import AccessRefusedError, ConnectionLostError, TopologyError
+from aioworkq.topology import QueueDeclaration
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -243,10 +245,10 @@ class AmqpConnection:
             return False
         probe = connection.ready()
         try:
-            probe.send(None)  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+            probe.send(None)
         except StopIteration:
             return False
-        probe.close()  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        probe.close()
         return True
 
     @property
@@ -310,60 +312,49 @@ class AmqpConnection:
 
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
         """Declare what does not exist yet; see the protocol."""
-        for declaration in declarations:
-            await self._declare_one(declaration, timeout=timeout)
-
-    async def _declare_one(self, declaration: Declaration, *, timeout: float) -> None:
-        name = declaration.name
-        what = f"declaring queue {name!r}"
+        what = "declaring queues"
+        channel: AbstractChannel | None = None
         try:
-            await self._queue_declare(
-                name, what=what, passive=True, arguments=None, timeout=timeout
-            )
-        except TopologyError as exc:
-            if exc.code != 404:  # noqa: PLR2004 - AMQP's NOT_FOUND
-                if exc.code == 403 and declaration.if_missing != "create":  # noqa: PLR2004
-                    return  # who may not look may still consume: the consumer will tell
-                raise
-            if declaration.if_missing == "fail":
-                raise
-            if declaration.if_missing == "warn":
-                _log.warning("%s Messages that are given up will go back to their queue.", exc)
-                return
-        else:
-            return
-        arguments = dict(declaration.arguments)
-        await self._queue_declare(
-            name,
-            what=what,
-            passive=False,
-            arguments=arguments,
-            timeout=timeout,
-        )
-
-    async def _queue_declare(
-        self,
-        name: str,
-        *,
-        what: str,
-        passive: bool,
-        arguments: dict[str, Any] | None,
-        timeout: float,
-    ) -> None:
-        """Declare on a channel of its own: a refusal closes it."""
-        channel = await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
-        try:
-            call = channel.queue_declare(
-                name,
-                passive=passive,
-                durable=True,
-                arguments=arguments,
-            )
-            await guarded(call, channel, timeout=timeout, what=what)
-        except aiormq_errors.ChannelClosed as exc:
-            raise refusal(exc, name, what=what, asked=arguments) from exc
+            for declaration in declarations:
+                if channel is None or channel.is_closed:  # a refusal closes it
+                    channel = await self._open_channel(
+                        what,
+                        confirms=False,
+                        frame_buffer=8,
+                        timeout=timeout,
+                    )
+                if isinstance(declaration, QueueDeclaration):
+                    if await self._has_queue(channel, declaration, timeout=timeout):
+                        continue
+                    channel = await self._open_channel(
+                        what,
+                        confirms=False,
+                        frame_buffer=8,
+                        timeout=timeout,
+                    )
+                await declare_on(channel, declaration, timeout=timeout)
         finally:
-            await close_bounded(channel, timeout=timeout)
+            if channel is not None:
+                await close_bounded(channel, timeout=timeout)
+
+    async def _has_queue(
+        self,
+        channel: AbstractChannel,
+        declaration: QueueDeclaration,
+        *,
+        timeout: float,
+    ) -> bool:
+        """Look for a queue, and say whether there is nothing left to do about it."""
+        try:
+            await look_for(channel, declaration.name, timeout=timeout)
+        except TopologyError as exc:
+            if exc.code == NOT_FOUND and declaration.if_missing == "create":
+                return False
+            if exc.code == NOT_FOUND and declaration.if_missing == "warn":
+                _log.warning("%s Messages that are given up will go back to their queue.", exc)
+            elif exc.code != ACCESS_REFUSED or declaration.if_missing == "create":
+                raise  # who may not look (RabbitMQ 4.3) may still consume: the consumer will tell
+        return True
 
     async def open_publish_channel(self, *, timeout: float) -> AmqpPublishChannel:
         """Open a channel in confirm mode; see the protocol."""
@@ -388,9 +379,9 @@ class AmqpConnection:
             frame_buffer=buffer,
             timeout=timeout,
         )
-        subscription = AmqpSubscription(channel, on_delivery=on_delivery)
+        subscription = AmqpSubscription(channel, queue, on_delivery=on_delivery)
         try:
-            await subscription.consume(queue, prefetch_count=prefetch_count, timeout=timeout)
+            await subscription.consume(prefetch_count=prefetch_count, timeout=timeout)
         except BaseException as exc:
             await subscription.aclose(timeout=timeout)
             if isinstance(exc, aiormq_errors.ChannelClosed):

@@ -9,6 +9,7 @@ message id, and where the same id is in flight twice, by a header with the numbe
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
@@ -71,8 +72,7 @@ class AmqpPublishChannel:
     def _with_number(self, publication: Publication, number: int) -> Wire:
         message = publication.message
         headers = {**message.headers, _NUMBER_HEADER: number}
-        copy = message.copy_to(message.routing_key, headers)
-        copy.headers = headers
+        copy = dataclasses.replace(message, headers=headers)
         return encode(copy, frame_max=self._frame_max, max_message_size=len(message.body))
 
     def _take_buffer(self) -> bytes:
@@ -109,7 +109,7 @@ class AmqpPublishChannel:
         else:
             publication.settle(Confirm.NACK, "RabbitMQ sent a negative confirm")
 
-    def _on_return(self, method: Content, properties: Basic.Properties, body: bytes) -> None:
+    def _on_return(self, method: Content, properties: Basic.Properties, _: bytes) -> None:
         if not isinstance(method, Basic.Return):  # pragma: no cover - nothing is consumed here
             return
         headers: dict[str, Any] = properties.headers or {}

@@ -49,10 +49,12 @@ class AmqpSubscription:
     def __init__(
         self,
         channel: AbstractChannel,
+        queue: str,
         *,
         on_delivery: Callable[[Subscription, Incoming], None],
     ) -> None:
         self._channel = channel
+        self._queue = queue
         self._on_delivery = on_delivery
         self._outstanding: dict[int, None] = {}
         self._acked: set[int] = set()
@@ -66,17 +68,17 @@ class AmqpSubscription:
         self._closing.add_done_callback(self._on_closing)
         channel.on_consumer_cancel_callbacks.add(self._on_cancelled_by_broker)
 
-    async def consume(self, queue: str, *, prefetch_count: int, timeout: float) -> None:
+    async def consume(self, *, prefetch_count: int, timeout: float) -> None:
         """Set the prefetch and subscribe.
 
         Raises:
             ConnectionLostError: The channel ended, or no answer came in time.
             ChannelClosed: The broker refuses.
         """
-        what = f"consuming from queue {queue!r}"
+        what = f"consuming from queue {self._queue!r}"
         qos = self._channel.basic_qos(prefetch_count=prefetch_count)
         await guarded(qos, self._channel, timeout=timeout, what=what)
-        consume = self._channel.basic_consume(queue, _never_called)
+        consume = self._channel.basic_consume(self._queue, _never_called)
         answer = await guarded(consume, self._channel, timeout=timeout, what=what)
         self._consumer_tag = answer.consumer_tag
 
@@ -87,6 +89,7 @@ class AmqpSubscription:
         message = message_from(
             properties,
             body,
+            queue=self._queue,
             exchange=method.exchange or "",
             routing_key=method.routing_key or "",
         )

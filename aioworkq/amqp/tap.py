@@ -52,7 +52,7 @@ class FrameTap:
         self._properties: Basic.Properties | None = None
         self._parts: list[bytes] = []
         self._missing = 0
-        channel.frames = self  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+        setattr(channel, "frames", self)  # noqa: B010 - not in the ABC
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._frames, name)

@@ -163,5 +163,5 @@ def refusal(
 
 
 def _plain(value: str) -> str:
-    """Take the quotes and the type off a value in RabbitMQ's words, ``'quorum' of type 'longstr'``."""
+    """Take the quotes and the type off, as in ``'quorum' of type 'longstr'``."""
     return value.partition("' of type")[0].strip("'")

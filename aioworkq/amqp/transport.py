@@ -79,8 +79,8 @@ class BoundedTransportFactory(TransportFactory):
             async with asyncio.timeout(self._timeout):
                 transport, _ = await loop.create_connection(
                     lambda: protocol,
-                    url.host,
-                    url.port,
+                    url.host or "",
+                    url.port or 0,
                     ssl=tls_context,
                     **kwargs,
                 )

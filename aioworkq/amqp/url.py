@@ -19,12 +19,12 @@ def parse_urls(urls: str | Sequence[str]) -> tuple[URL, ...]:
         ValueError: One of them is no AMQP URL. The sentence never shows a password.
         TypeError: They are not strings.
     """
-    given = [urls] if isinstance(urls, str) else urls
+    given: object = [urls] if isinstance(urls, str) else urls
     if not isinstance(given, Sequence) or not all(isinstance(url, str) for url in given):
         raise TypeError(f"a URL, or a list of URLs, is needed, not {type(urls).__name__}.")
     if not given:
         raise ValueError("the list of URLs is empty: give at least one.")
-    return tuple(_parse(url) for url in given)
+    return tuple(_parse(str(url)) for url in given)
 
 
 def _parse(text: str) -> URL:

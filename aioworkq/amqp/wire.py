@@ -113,7 +113,7 @@ def encode(message: Message, *, frame_max: int, max_message_size: int) -> Wire:
     return Wire(method, header, message.body)
 
 
-def _content_header(message: Message) -> bytes:
+def _content_header(message: Message) -> bytes:  # noqa: C901 - one step per property
     flags = 0x1000
     values: list[bytes] = []
     if message.content_type is not None:
@@ -163,7 +163,8 @@ def expiration_ms(expiration: float) -> str:
     """
     if not 0 <= expiration * 1000 <= _MAX_EXPIRATION_MS:
         raise ValueError(
-            f"expiration is {expiration} seconds: it must be from 0 to {_MAX_EXPIRATION_MS / 1000}.",
+            f"expiration is {expiration} seconds: it must be from 0 to "
+            f"{_MAX_EXPIRATION_MS / 1000}.",
         )
     return str(-int(-expiration * 1000 // 1))
 
@@ -189,7 +190,7 @@ def _field_name(name: Any) -> bytes:
     return bytes((len(raw),)) + raw
 
 
-def _field(name: str, value: Any) -> bytes:  # noqa: PLR0911 - one line per AMQP type
+def _field(name: str, value: Any) -> bytes:
     match value:
         case None:
             return b"V"
@@ -241,6 +242,7 @@ def message_from(
     properties: Basic.Properties,
     body: bytes,
     *,
+    queue: str,
     exchange: str,
     routing_key: str,
 ) -> Message:
@@ -248,8 +250,9 @@ def message_from(
     expiration = properties.expiration
     return Message(
         body,
-        routing_key,
+        queue,
         exchange,
+        routing_key,
         properties.message_id or "",
         properties.correlation_id,
         properties.content_type,

@@ -1,0 +1,77 @@
+"""Declarations on a channel, and what the broker's refusals of them mean."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from aiormq import exceptions as aiormq_errors
+
+from aioworkq.amqp.translate import guarded, refusal
+from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from aiormq.abc import AbstractChannel
+
+ACCESS_REFUSED: Final = 403
+NOT_FOUND: Final = 404
+
+
+async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> None:
+    """Find out whether a queue exists.
+
+    Raises:
+        TopologyError: It does not (code 404), or may not be looked for; the channel is closed.
+        ConnectionLostError: The channel ended, or no answer came in time.
+    """
+    call = channel.queue_declare(queue, passive=True)
+    await _declared(channel, call, queue, {}, f"looking for queue {queue!r}", timeout=timeout)
+
+
+async def declare_on(
+    channel: AbstractChannel,
+    declaration: Declaration,
+    *,
+    timeout: float,
+) -> None:
+    """Declare one thing, durable.
+
+    Raises:
+        TopologyError: The broker refuses; the channel is closed.
+        ConnectionLostError: The channel ended, or no answer came in time.
+    """
+    asked: dict[str, Any] = {}
+    call: Coroutine[Any, Any, object]
+    match declaration:
+        case QueueDeclaration(name=name, arguments=arguments):
+            asked = dict(arguments)
+            call = channel.queue_declare(name, durable=True, arguments=asked)
+        case ExchangeDeclaration(name=name, type=kind, arguments=arguments):
+            asked = dict(arguments)
+            call = channel.exchange_declare(
+                name,
+                exchange_type=kind,
+                durable=True,
+                arguments=asked,
+            )
+        case Binding(name, "queue", source, key):
+            call = channel.queue_bind(name, source, routing_key=key)
+        case Binding(name, _, source, key):
+            call = channel.exchange_bind(destination=name, source=source, routing_key=key)
+    await _declared(channel, call, name, asked, f"declaring {name!r}", timeout=timeout)
+
+
+async def _declared(
+    channel: AbstractChannel,
+    call: Coroutine[Any, Any, object],
+    name: str,
+    asked: dict[str, Any],
+    what: str,
+    *,
+    timeout: float,
+) -> None:
+    try:
+        await guarded(call, channel, timeout=timeout, what=what)
+    except aiormq_errors.ChannelClosed as exc:
+        raise refusal(exc, name, what=what, asked=asked) from exc

@@ -1,0 +1,20 @@
+"""The broker of the examples: the one at AMQP_URL, or a private node for this script."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+
+from aioworkq.testing import RabbitMQ
+
+
+def broker_url() -> str:
+    """Return AMQP_URL; unset, start a private RabbitMQ that goes when this process does."""
+    url = os.environ.get("AMQP_URL")
+    if url:
+        return url
+    print("AMQP_URL is not set: a private RabbitMQ starts for this script.", file=sys.stderr)
+    node = RabbitMQ()
+    asyncio.run(node.start())
+    return node.url
