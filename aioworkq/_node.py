@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _POLL = 0.01
-_LOG_TAIL = 16_384
+_LOG_TAIL = 8_192
 _CONNECTION_START = b"\x00\x0a\x00\x0a"
 
 
@@ -95,14 +95,15 @@ class Node:
         return self.server is not None and self.server.poll() is None
 
     def log(self) -> str:
-        """Return the tail of what the node wrote: its output, then its log."""
-        tails: list[str] = []
-        for name in ("output.log", "node.log"):
-            with contextlib.suppress(OSError), (self.path / name).open("rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - _LOG_TAIL))
-                tails.append(file.read().decode(errors="replace").strip())
-        return "\n".join(tail for tail in tails if tail)
+        """Return the tail of what the node wrote: its log, then its output."""
+        return f"{self._tail('node.log')}\n{self._tail('output.log')}".strip()
+
+    def _tail(self, name: str) -> str:
+        with contextlib.suppress(OSError), (self.path / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _LOG_TAIL))
+            return file.read().decode(errors="replace").strip()
+        return ""
 
     async def boot(self, *, timeout: float) -> None:
         """Start the server and wait until it answers AMQP. Whatever prevents it kills it."""
@@ -128,6 +129,8 @@ class Node:
 
     async def _serve(self) -> None:
         while not await self._answers():
+            if "BOOT FAILED" in self._tail("output.log"):  # it takes seconds to draw conclusions
+                raise self._not_started("its boot failed")
             for process in (self.epmd, self.server):
                 if process is not None and process.poll() is not None:
                     who = "the node" if process is self.server else "its epmd"

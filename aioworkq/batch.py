@@ -5,21 +5,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from aioworkq.errors import UnroutableError, WorkQueueError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, Iterator
+    from types import TracebackType
 
     from aioworkq.message import Message
-    from aioworkq.outbox import Outbox
+    from aioworkq.outbox import Outbox, Publication
     from aioworkq.producer import Producer
     from aioworkq.topology import Queue
 
 T = TypeVar("T")
 
 _log = logging.getLogger("aioworkq")
+
+_BREATH: Final = 100
 
 
 class PublishReport:
@@ -61,7 +64,11 @@ class PublishReport:
 
 
 class Batch:
-    """The messages of one `Producer.publish_many` that are under way."""
+    """The messages of one `Producer.publish_many` that are under way.
+
+    Leave it, as a context manager, in any way: it waits for the outcomes, unless it is left by a
+    cancellation, which takes back what was not sent yet.
+    """
 
     def __init__(
         self,
@@ -81,10 +88,28 @@ class Batch:
         self._report = PublishReport()
         self._can_declare = queue.declare or delay > 0
         self._position = 0
-        self._under_way = 0
+        self._under_way: dict[int, Publication | None] = {}
+        self._bytes_under_way = 0
         self._wanted_room = 0
         self._has_room = asyncio.Event()
         self._again: list[tuple[int, Message, float]] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc_value is None or isinstance(exc_value, Exception):
+                await self._wait_under_way(0)
+        finally:
+            for publication in self._under_way.values():
+                if publication is not None:
+                    self._outbox.take_back(publication)
 
     def fail(self, error: Exception) -> None:
         """Note that the next message cannot be sent."""
@@ -93,12 +118,19 @@ class Batch:
 
     async def submit(self, message: Message) -> None:
         """Hand one message to the outbox."""
+        deadline = self._loop.time() + self._timeout
         if self._delay:
-            await self._producer.send_off(message, self._delay, timeout=self._timeout)
+            try:
+                await self._make_way(message, deadline)
+            except WorkQueueError as exc:
+                self.fail(exc)
+                return
         wire = self._outbox.connection.prepare(message)
         position = self._position
         self._position += 1
-        self._send(position, message, wire, self._loop.time() + self._timeout, again=False)
+        self._under_way[position] = None
+        self._bytes_under_way += len(message.body)
+        self._send(position, message, wire, deadline, again=False)
 
     def _send(
         self,
@@ -110,56 +142,70 @@ class Batch:
         again: bool,
     ) -> None:
         def done(error: WorkQueueError | None) -> None:
-            self._under_way -= 1
-            if error is None:
-                self._report.confirmed += 1
-            elif isinstance(error, UnroutableError) and self._can_declare and not again:
+            if isinstance(error, UnroutableError) and self._can_declare and not again:
+                self._under_way[position] = None
                 self._again.append((position, message, deadline))
-            else:
-                self._report.errors[position] = error
-            if self._under_way <= self._wanted_room:
                 self._has_room.set()
+            else:
+                self._settle(position, message, error)
 
-        self._under_way += 1
-        self._outbox.submit(message, wire, deadline=deadline, done=done)
+        publication = self._outbox.submit(message, wire, deadline=deadline, done=done)
+        if not publication.is_resolved:
+            self._under_way[position] = publication
+
+    def _settle(self, position: int, message: Message, error: WorkQueueError | None) -> None:
+        del self._under_way[position]
+        self._bytes_under_way -= len(message.body)
+        if error is None:
+            self._report.confirmed += 1
+        else:
+            self._report.errors[position] = error.with_traceback(None)
+        if len(self._under_way) <= self._wanted_room:
+            self._has_room.set()
 
     async def wait_room(self) -> None:
         """Wait until another message may be under way."""
+        window, window_bytes = self._outbox.window, self._outbox.window_bytes
+        if self._position % _BREATH == 0:
+            await asyncio.sleep(0)  # where nothing ever waits, other tasks get their turn
+        if len(self._under_way) >= window:
+            # Half a window at a time: waking up for every single confirm costs more than it gains.
+            await self._wait_under_way(window // 2)
+        while self._bytes_under_way >= window_bytes:
+            await self._wait_under_way(len(self._under_way) - 1)
         if self._again:
             await self._publish_again()
-        if self._under_way >= self._outbox.window:
-            # Half a window at a time: waking up for every single confirm costs more than it gains.
-            await self._wait_under_way(self._outbox.window // 2)
-
-    async def wait_done(self) -> None:
-        """Wait until every message has its outcome; each has a deadline."""
-        await self._wait_under_way(0)
-        while self._again:
-            await self._publish_again()
-            await self._wait_under_way(0)
 
     async def _wait_under_way(self, number: int) -> None:
         self._wanted_room = number
-        while self._under_way > number:
+        while len(self._under_way) > number:
+            if self._again:
+                await self._publish_again()
+                continue
             self._has_room.clear()
             await self._has_room.wait()
 
     async def _publish_again(self) -> None:
         """Publish what was returned because a queue had been deleted, after declaring it anew."""
         again, self._again = self._again, []
+        self._producer.forget(self._queue)
         for position, message, deadline in again:
             try:
-                await self._producer.make_way_again(
-                    self._queue,
-                    deadline,
-                    message=message,
-                    delay=self._delay,
-                )
+                await self._make_way(message, deadline)
             except WorkQueueError as exc:
-                self._report.errors[position] = exc
+                self._settle(position, message, exc)
                 continue
             wire = self._outbox.connection.prepare(message)
             self._send(position, message, wire, deadline, again=True)
+
+    async def _make_way(self, message: Message, deadline: float) -> None:
+        with self._outbox.expecting():
+            await self._producer.make_way(
+                self._queue,
+                deadline,
+                message=message,
+                delay=self._delay,
+            )
 
     def finish(self) -> PublishReport:
         """Return the report; failures are logged, so that nobody has to look to hear of them."""
@@ -177,7 +223,7 @@ class Batch:
         return report
 
 
-async def each(bodies: Iterable[T] | AsyncIterable[T]) -> AsyncIterator[T]:
+async def each(bodies: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
     """Iterate over either kind of iterable.
 
     Raises:

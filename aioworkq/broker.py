@@ -51,8 +51,12 @@ class PublishChannel(Protocol):
         ...
 
     @property
-    def is_refusal(self) -> bool:
-        """Whether the broker closed the channel because of something that was sent on it."""
+    def refusal(self) -> Confirm | None:
+        """What it means for a message that the broker closed the channel because of it.
+
+        `Confirm.RETURNED` if the message's exchange does not exist, `Confirm.NACK` if the broker
+        refuses it otherwise; None if the channel was lost for another reason.
+        """
         ...
 
     async def wait_lost(self) -> str:
@@ -64,7 +68,7 @@ class PublishChannel(Protocol):
         ...
 
     async def aclose(self, *, timeout: float) -> None:
-        """Close the channel. Bounded, twice harmless."""
+        """Close the channel. Bounded, twice harmless. Meanwhile it still settles."""
         ...
 
 

@@ -235,13 +235,13 @@ def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> 
 def _encode_foreign(value: Any) -> Any:
     if _is_pydantic_model(type(value)):
         return value.model_dump(mode="json")
-    raise NotImplementedError(f"{_name(type(value))} is not supported")
+    raise TypeError(f"{_name(type(value))} has no JSON")
 
 
 def _decode_foreign(kind: type, value: Any) -> Any:
     if _is_pydantic_model(kind):
         return _model_class(kind).model_validate(value)
-    raise NotImplementedError(f"{_name(kind)} is not supported")
+    raise TypeError(f"{_name(kind)} cannot be made of JSON")
 
 
 def _model_class(kind: Any) -> Any:

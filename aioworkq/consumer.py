@@ -6,14 +6,16 @@ Handlers run as tasks of the worker's task group, never inside anything that die
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import math
 import random
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
 
 from aioworkq.errors import (
     AccessRefusedError,
@@ -25,10 +27,19 @@ from aioworkq.errors import (
 )
 from aioworkq.handler import ThreadCall
 from aioworkq.lifecycle import ConsumerState, change
-from aioworkq.message import Delivery, used_attempts
-from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry, failure_of, outcome_of
-from aioworkq.redelivery import RedeliveryMemory, is_same_message
-from aioworkq.settle import Settler, Unsettled
+from aioworkq.message import Delivery, is_counted_by_broker, used_attempts
+from aioworkq.outcome import (
+    Ack,
+    DeadLetter,
+    Outcome,
+    Requeue,
+    Retry,
+    failure_of,
+    is_used_up,
+    outcome_of,
+)
+from aioworkq.redelivery import RedeliveryMemory, identity, is_same_message
+from aioworkq.settle import Settled, Settler, Unsettled
 from aioworkq.topology import declarations
 
 if TYPE_CHECKING:
@@ -46,6 +57,8 @@ _BACKOFF_MAX: Final = 5.0
 _GOOD_AFTER: Final = 5.0
 _MEMORY: Final = 1000
 _STEP_TIMEOUT: Final = 5.0
+_STEPS_OF_CANCELLATION: Final = 3
+_ENDS: Final = frozenset({ConsumerState.DRAINING, ConsumerState.STOPPED, ConsumerState.FAILED})
 _PASSING: Final = frozenset({404, 405})
 """Refusals that may pass, once a queue was consumed from: it is gone, or held by another."""
 
@@ -93,10 +106,12 @@ class ConsumerStatistics:
 class _Run(Unsettled):
     """One delivery on its way through the handler."""
 
-    __slots__ = ("held", "is_done", "scope", "succeeded")
+    __slots__ = ("held", "is_done", "needs_recount", "scope", "succeeded")
 
     def __init__(self, delivery: Delivery, subscription: Subscription, tag: int, used: int) -> None:
         super().__init__(delivery, subscription, tag, used)
+        self.needs_recount = False
+        """Whether the queue could not count one more start of it."""
         self.scope: anyio.CancelScope | None = None
         self.held: list[_Run] = []
         """Redeliveries of the same message, which wait for the end of this run."""
@@ -165,6 +180,9 @@ class Consumer:
         return self._state
 
     def _change(self, state: ConsumerState) -> None:
+        """Change the state. Once the consumer is to end, nothing but its end can follow."""
+        if self._state in _ENDS and state is not ConsumerState.STOPPED:
+            return
         self._state = change(self._state, state)
         self._on_change()
 
@@ -205,6 +223,8 @@ class Consumer:
                     await self._connection.wait_connected()
                     subscription = await self._subscribe(failures)
                 except WorkQueueError as exc:
+                    if self._stopping.is_set():
+                        break
                     self._last_error = str(exc)
                     self._change(ConsumerState.FAILED)
                     raise
@@ -238,6 +258,8 @@ class Consumer:
                 raise
             self._lose(str(exc))
             return None
+        finally:
+            self._forget_lost()  # deliveries may come before the subscription is made
         self._subscription = subscription
         self._was_subscribed = True
         if subscription.is_lost:
@@ -252,7 +274,8 @@ class Consumer:
         loop = asyncio.get_running_loop()
         began = loop.time()
         reason = await subscription.wait_lost()
-        self._forget(subscription)
+        self._subscription = None
+        self._forget_lost()
         if not self._stopping.is_set():
             self._losses += 1
             self._lose(reason)
@@ -268,18 +291,14 @@ class Consumer:
         )
         self._change(ConsumerState.LOST)
 
-    def _forget(self, subscription: Subscription) -> None:
-        """Take note that nothing of this subscription can be settled any more."""
-        self._subscription = None
-        for run in [run for run in self._unstarted if run.subscription is subscription]:
-            self._unstarted.remove(run)
-            self._memory.excuse(run.delivery.message)
-        for orphan in self._orphans:
-            for run in [run for run in orphan.held if run.subscription is subscription]:
-                orphan.held.remove(run)
+    def _forget_lost(self) -> None:
+        """Take note of what cannot be settled any more, because its subscription is lost."""
+        for runs in (self._unstarted, *(orphan.held for orphan in self._orphans)):
+            for run in [run for run in runs if run.subscription.is_lost]:
+                runs.remove(run)
                 self._memory.excuse(run.delivery.message)
         for run in self._running:
-            if run.subscription is subscription:
+            if run.subscription.is_lost and not run.delivery.lost:
                 run.delivery.lost = True
                 if run not in self._orphans:
                     self._orphans.append(run)
@@ -303,22 +322,36 @@ class Consumer:
             redelivered=incoming.redelivered,
         )
         run = _Run(delivery, subscription, incoming.tag, used)
-        if incoming.redelivered and self._is_known(run):
+        if self._orphans and self._is_held(run):
             return
+        if incoming.redelivered:
+            if self._is_known(run):
+                return
+            is_classic = not is_counted_by_broker(message.headers)
+            run.needs_recount = is_classic and used > used_attempts(
+                message.headers, redelivered=False
+            )
         self._start_or_keep(run)
 
-    def _is_known(self, run: _Run) -> bool:
-        """Deal with a redelivery of what runs here, or of what was done here."""
+    def _is_held(self, run: _Run) -> bool:
+        """Let a redelivery, or a copy, of what still runs here wait for the end of that run."""
         message = run.delivery.message
         for orphan in self._orphans:
-            if is_same_message(orphan.delivery.message, message):
+            if (run.delivery.redelivered or message.message_id) and is_same_message(
+                orphan.delivery.message,
+                message,
+            ):
                 orphan.held.append(run)
                 return True
-        acked_on = self._memory.acked_on(message)
-        if acked_on is not None and acked_on.is_lost:
-            self._ack_duplicate(run)
-            return True
         return False
+
+    def _is_known(self, run: _Run) -> bool:
+        """Ack a redelivery of what was done here, and whose ack was lost."""
+        acked_on = self._memory.acked_on(run.delivery.message)
+        if acked_on is None or not acked_on.is_lost:
+            return False
+        self._ack_duplicate(run)
+        return True
 
     def _start_or_keep(self, run: _Run) -> None:
         if (
@@ -353,13 +386,15 @@ class Consumer:
         thread = None if self.handler.is_async else ThreadCall()
         try:
             try:
-                outcome = await self._outcome(run, thread)
-                if isinstance(outcome, Requeue) and outcome.pause:
-                    await self._pause(outcome.pause)
+                if not await self._is_replaced(run):
+                    outcome = await self._outcome(run, thread)
+                    if isinstance(outcome, Requeue) and outcome.pause:
+                        await self._pause(outcome.pause)
             finally:
-                with anyio.CancelScope(shield=True):
-                    await self._settle(run, outcome)
-            if thread is not None and run in self._orphans:
+                if not run.is_settled:
+                    with anyio.CancelScope(shield=True):
+                        await self._settle(run, outcome)
+            if thread is not None and run.was_started and run in self._orphans:
                 # Its time is up and its message settled, but a thread cannot be stopped: the slot
                 # stays taken, and a redelivery of the message waits, until it ends.
                 await thread.has_ended.wait()
@@ -371,16 +406,42 @@ class Consumer:
             if not self._running:
                 self._idle.set()
 
+    async def _is_replaced(self, run: _Run) -> bool:
+        """Put a copy that carries its count in the place of a delivery, if that is necessary."""
+        if not run.needs_recount or self._is_used_up(run) or run.subscription.is_lost:
+            return False
+        with anyio.CancelScope(shield=True):
+            await self._settler.recount(run)
+        if run.is_settled:
+            self._memory.acked(run.delivery.message, run.subscription)
+            run.is_done = True
+        return run.is_settled
+
+    def _is_used_up(self, run: _Run) -> bool:
+        attempts = self.handler.options.attempts
+        return attempts is not None and run.used >= attempts
+
     async def _outcome(self, run: _Run, thread: ThreadCall | None) -> Outcome:
-        """Run the handler, and say what becomes of the delivery."""
-        delivery, handler, options = run.delivery, self.handler, self.handler.options
-        if options.attempts is not None and run.used >= options.attempts:
+        """Say what becomes of the delivery, by running the handler if it may be run."""
+        delivery = run.delivery
+        await checkpoint_if_cancelled()
+        if run.subscription.is_lost:
+            self._memory.excuse(delivery.message)
+            return Requeue(counts=False)
+        if self._is_used_up(run):
             return DeadLetter(f"gave up after {run.used} attempts, the last one unfinished")
-        self._memory.started(delivery.message)
         try:
-            body = handler.decode(delivery)
-        except DecodeError as exc:
-            return DeadLetter(str(exc), failure_of(exc))
+            body = self.handler.decode(delivery)
+        except Exception as exc:  # a user's type may raise what no codec expects
+            reason = str(exc) if isinstance(exc, DecodeError) else "the body cannot be decoded"
+            return DeadLetter(reason, failure_of(exc))
+        self._memory.started(delivery.message)
+        run.was_started = True
+        return await self._handle(run, body, thread)
+
+    async def _handle(self, run: _Run, body: Any, thread: ThreadCall | None) -> Outcome:
+        """Run the handler."""
+        delivery, handler, options = run.delivery, self.handler, self.handler.options
         with anyio.CancelScope() as scope:
             run.scope = scope
             if options.timeout is not None:
@@ -392,13 +453,12 @@ class Consumer:
                     await handler.call_in_thread(body, delivery, thread)
             except Exception as exc:  # whatever a handler raises must end in an outcome
                 return self._failure(run, exc)
-            except asyncio.CancelledError:
-                if _is_cancelled(scope):
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as exc:
+                if isinstance(exc, asyncio.CancelledError) and await _is_cancelled(scope):
                     raise
-                stray = RuntimeError(
-                    "the handler raised CancelledError, though nobody cancelled it"
-                )
-                return self._failure(run, stray)
+                return self._failure(run, _as_error(exc))
             run.succeeded = True
             return Ack()
         # The scope was cancelled: by its deadline, or because the connection was lost.
@@ -420,14 +480,16 @@ class Consumer:
                 retry=options.retry,
                 spread=random.random(),  # noqa: S311 - jitter
             )
-            if not isinstance(outcome, Ack | Requeue | Retry | DeadLetter):
-                raise TypeError(  # noqa: TRY301 - one place deals with a bad on_error
-                    f"on_error returned {outcome!r}: it must return Ack, Requeue, Retry or "
-                    "DeadLetter.",
-                )
+            _check(outcome)
         except Exception as broken:  # on_error is the user's function
             _log.exception("on_error of handler %s failed.", self.handler.name)
             outcome = outcome_of(broken, delivery, attempts=options.attempts)
+        if (
+            isinstance(outcome, Requeue | Retry)
+            and outcome.counts
+            and is_used_up(delivery.attempt, options.attempts)
+        ):
+            outcome = DeadLetter(f"gave up after {delivery.attempt} attempts", failure_of(exc))
         if not isinstance(exc, Signal):
             self._settler.counts.failed += 1
             _log.warning(
@@ -449,24 +511,30 @@ class Consumer:
     async def _settle(self, run: _Run, outcome: Outcome) -> None:
         message, counts = run.delivery.message, self._settler.counts
         counts.handled += run.succeeded
-        is_carried_out = await self._settler.settle(run, outcome)
-        if run.succeeded or (is_carried_out and not isinstance(outcome, Requeue)):
+        settled = await self._settler.settle(run, outcome)
+        # A copy that counts can be told from its original.
+        is_gone = settled is Settled.ACKED and getattr(outcome, "counts", True)
+        if run.succeeded or is_gone:
             # If its ack is lost on the way, the redelivery is acked and not run again.
             self._memory.acked(message, run.subscription)
             run.is_done = True
-        elif is_carried_out:
+        elif settled is Settled.ACKED:
             self._memory.settled(message)
+        elif settled is Settled.OVERCOUNTED:
+            self._memory.excuse(message)
 
     def _release_held(self, run: _Run) -> None:
         """Deal with the redeliveries that waited for the end of this run."""
         if run in self._orphans:
             self._orphans.remove(run)
+        done = identity(run.delivery.message) if run.is_done else None
         held, run.held = run.held, []
-        for redelivered in held:
-            if run.is_done and run.delivery.message.message_id:
-                self._ack_duplicate(redelivered)
+        for other in held:
+            is_redelivery = other.delivery.redelivered and done is not None
+            if is_redelivery and identity(other.delivery.message) == done:
+                self._ack_duplicate(other)
             else:
-                self._start_or_keep(redelivered)
+                self._start_or_keep(other)
 
     def _ack_duplicate(self, run: _Run) -> None:
         run.is_settled = True
@@ -485,10 +553,13 @@ class Consumer:
         """Wait until no handler runs."""
         await self._idle.wait()
 
+    def hurry(self) -> None:
+        """Let no copy that is under way take longer than a few seconds more."""
+        self._settler.hurry()
+
     async def stop_consuming(self) -> None:
-        """Take no more deliveries. Bounded."""
-        if self._state not in {ConsumerState.DRAINING, ConsumerState.STOPPED}:
-            self._change(ConsumerState.DRAINING)
+        """Take no more deliveries. Bounded, twice harmless."""
+        self._change(ConsumerState.DRAINING)
         if self._subscription is not None:
             await self._subscription.cancel(timeout=_STEP_TIMEOUT)
         elif self._loop_scope is not None:
@@ -498,31 +569,65 @@ class Consumer:
         """Give back what was delivered and never started; that is no attempt. Bounded."""
         unstarted = [run for run in self._unstarted if not run.subscription.is_lost]
         self._unstarted.clear()
-        async with anyio.create_task_group() as tasks:
-            for run in unstarted:
-                tasks.start_soon(self._give_back, run)
-
-    async def _give_back(self, run: _Run) -> None:
-        await self._settler.settle(run, Requeue(counts=False))
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                for run in unstarted:
+                    tasks.start_soon(self._settle, run, Requeue(counts=False))
 
     async def close(self) -> None:
-        """Send what is settled and close the channel. Bounded."""
-        subscription = self._subscription
-        if subscription is not None:
-            await subscription.aclose(timeout=_STEP_TIMEOUT)
+        """Give back what was never started, send what is settled, close the channel. Bounded."""
+        await self.stop_consuming()
+        await self.give_back_unstarted()
+        if self._subscription is not None:
+            await self._subscription.aclose(timeout=_STEP_TIMEOUT)
         if self._loop_scope is not None:
             self._loop_scope.cancel()
-        if self._state is not ConsumerState.STOPPED:
-            if self._state is not ConsumerState.DRAINING:
-                self._change(ConsumerState.DRAINING)
+        if self._state is ConsumerState.DRAINING:
             self._change(ConsumerState.STOPPED)
 
 
-def _is_cancelled(scope: anyio.CancelScope) -> bool:
-    """Say whether somebody did cancel the task that just saw a CancelledError."""
+async def _is_cancelled(scope: anyio.CancelScope) -> bool:
+    """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
+    if scope.cancel_called or anyio.current_effective_deadline() == -math.inf:
+        return True
+    # Somebody else did, or nobody. If it was asyncio.run(), which cancels all tasks as it ends,
+    # the worker hears of it in the same step of the event loop, and ends too.
     task = asyncio.current_task()
-    return (
-        scope.cancel_called
-        or anyio.current_effective_deadline() == -math.inf
-        or (task is not None and task.cancelling() > 0)
-    )
+    while task is not None and task.uncancel():
+        pass
+    with anyio.CancelScope(shield=True):
+        for _ in range(_STEPS_OF_CANCELLATION):
+            await asyncio.sleep(0)
+    return anyio.current_effective_deadline() == -math.inf
+
+
+def _as_error(exc: BaseException) -> RuntimeError:
+    """Make an error of what a handler raised that is none."""
+    if isinstance(exc, asyncio.CancelledError):
+        text = "the handler raised CancelledError, though the worker did not cancel it"
+    else:
+        text = f"the handler raised {type(exc).__name__}"
+    error = RuntimeError(text)
+    error.__cause__ = exc
+    return error
+
+
+def _check(outcome: object) -> None:
+    """Check what a function given as ``on_error`` returned.
+
+    Raises:
+        TypeError: It is no outcome.
+        ValueError: A number in it makes no sense.
+    """
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+    match outcome:
+        case Ack() | DeadLetter():
+            return
+        case Requeue(pause=seconds) | Retry(delay=seconds):
+            if not 0 <= seconds < math.inf:
+                raise ValueError(f"on_error returned {outcome!r}: that is no number of seconds.")
+        case _:
+            raise TypeError(
+                f"on_error returned {outcome!r}: it must return Ack, Requeue, Retry or DeadLetter.",
+            )

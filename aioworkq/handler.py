@@ -11,6 +11,7 @@ import contextlib
 import functools
 import inspect
 import os
+import threading
 import types
 import typing
 from dataclasses import dataclass
@@ -50,10 +51,19 @@ class Options:
 
 
 class ThreadCall:
-    """One call in a thread, which goes on even when nobody waits for it any more."""
+    """One call in a thread, which goes on even when nobody waits for it any more.
+
+    Attributes:
+        has_ended: Set when the function is through, or when it is sure that it never begins.
+    """
 
     def __init__(self) -> None:
         self.has_ended = anyio.Event()
+        self._claim = threading.Lock()
+
+    def claim(self) -> bool:
+        """Decide between the thread that is to begin and the caller that gives up: once True."""
+        return self._claim.acquire(blocking=False)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,6 +101,8 @@ class Handler:
         bound = functools.partial(self.function, **self._arguments(body, delivery))
 
         def run() -> Any:
+            if not call.claim():
+                return None
             try:
                 return bound()
             finally:
@@ -99,7 +111,11 @@ class Handler:
                     loop.call_soon_threadsafe(call.has_ended.set)
 
         limiter = anyio.CapacityLimiter(1)
-        result = await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
+        try:
+            result = await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
+        finally:
+            if call.claim():
+                call.has_ended.set()
         if inspect.isawaitable(result):
             if inspect.iscoroutine(result):
                 result.close()

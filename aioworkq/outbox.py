@@ -9,9 +9,10 @@ nobody knows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from collections import deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -27,7 +28,7 @@ from aioworkq.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from aioworkq.broker import Connection, PublishChannel
     from aioworkq.message import Message
@@ -35,12 +36,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aioworkq")
 
 _OPEN_TIMEOUT: Final = 10.0
+_CLOSE_TIMEOUT: Final = 5.0
 _BACKOFF_MAX: Final = 5.0
+_EXPIRE_PAUSE: Final = 2e-6
+"""Seconds for each message that waits: looking for what is overdue takes a small part of the time,
+however many there are."""
 _BLOCKED_POLL: Final = 0.25
 _BLOCKED_REASON: Final = "RabbitMQ blocks publishers (memory or disk alarm)"
+_CLOSED_REASON: Final = "the producer was closed"
 
 
-class _Publication:
+class Publication:
     """A message between its submission and its outcome."""
 
     __slots__ = (
@@ -48,6 +54,7 @@ class _Publication:
         "done",
         "is_resolved",
         "is_sent",
+        "is_suspect",
         "maybe_stored",
         "message",
         "size",
@@ -66,9 +73,18 @@ class _Publication:
         self.deadline = deadline
         self.done = done
         self.size = len(message.body)
-        self.maybe_stored = False
         self.is_resolved = False
         self.is_sent = False
+        """It is on the channel, and the channel has not answered."""
+        self.maybe_stored = False
+        """It was on a connection or channel that was lost."""
+        self.is_suspect = False
+        """It was on a channel that the broker closed because of one of the messages there."""
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether an earlier sending of it may have been stored."""
+        return self.maybe_stored or self.is_suspect
 
 
 class _Sent:
@@ -76,7 +92,7 @@ class _Sent:
 
     __slots__ = ("_outbox", "message", "publication", "wire")
 
-    def __init__(self, outbox: Outbox, publication: _Publication) -> None:
+    def __init__(self, outbox: Outbox, publication: Publication) -> None:
         self._outbox = outbox
         self.publication = publication
         self.message = publication.message
@@ -101,11 +117,15 @@ class Outbox:
         self._window_bytes = window_bytes
         self._channel: PublishChannel | None = None
         self._task: asyncio.Task[None] | None = None
-        self._waiting: deque[_Publication] = deque()
-        self._pending: dict[_Publication, None] = {}
+        self._renewal: anyio.CancelScope | None = None
+        self._waiting: OrderedDict[Publication, None] = OrderedDict()
+        self._pending: dict[Publication, None] = {}
+        self._expected = 0
         self._sent = 0
         self._sent_bytes = 0
-        self._suspects = 0
+        self._abandoned = 0
+        self._abandoned_bytes = 0
+        self._suspects: set[Publication] = set()
         self._refused: ConnectionLostError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -114,6 +134,7 @@ class Outbox:
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_closed = False
+        self._closing: asyncio.Task[None] | None = None
         self.confirmed = 0
         self.unroutable = 0
         self.not_confirmed = 0
@@ -129,6 +150,11 @@ class Outbox:
     def window(self) -> int:
         """How many messages may be unconfirmed at a time."""
         return self._window
+
+    @property
+    def window_bytes(self) -> int:
+        """How many bytes the unconfirmed bodies may have together."""
+        return self._window_bytes
 
     @property
     def pending(self) -> int:
@@ -174,7 +200,7 @@ class Outbox:
         try:
             await outcome
         except asyncio.CancelledError:
-            self._resolve(publication)
+            self.take_back(publication)
             raise
 
     def submit(
@@ -184,16 +210,16 @@ class Outbox:
         *,
         deadline: float,
         done: Callable[[WorkQueueError | None], None],
-    ) -> _Publication:
+    ) -> Publication:
         """Take a publication; ``done`` is called with its error, or None once it is confirmed."""
-        publication = _Publication(message, wire, deadline, done)
+        publication = Publication(message, wire, deadline, done)
         if self._refused is not None or self._is_closed:
             publication.is_resolved = True
-            done(self._refused or self._never_sent(message, "the producer is closed"))
+            done(self._refusal() or self._never_sent(message, _CLOSED_REASON))
             return publication
         self._pending[publication] = None
         self._idle.clear()
-        self._waiting.append(publication)
+        self._waiting[publication] = None
         self._arm(deadline)
         if self._channel is not None:
             self._pump(self._channel)
@@ -203,37 +229,50 @@ class Outbox:
         self.start()
         return publication
 
+    def take_back(self, publication: Publication) -> None:
+        """Forget a publication, its ``done`` included: not sent yet, it never will be."""
+        if not publication.is_resolved:
+            self._resolve(publication)
+
     def _pump(self, channel: PublishChannel) -> None:
         """Send what waits, as far as the window has room."""
         waiting = self._waiting
-        window = 1 if self._suspects else self._window
-        while waiting and self._sent < window:
-            if self._sent and self._sent_bytes + waiting[0].size > self._window_bytes:
+        while waiting and self._sent < self._limit:
+            publication = next(iter(waiting))
+            if self._sent and self._sent_bytes + publication.size > self._window_bytes:
                 return
-            publication = waiting.popleft()
-            if publication.is_resolved:
-                continue
+            del waiting[publication]
             publication.is_sent = True
             self._sent += 1
             self._sent_bytes += publication.size
             channel.send(_Sent(self, publication))
 
-    def on_confirm(self, publication: _Publication, confirm: Confirm, reason: str) -> None:
+    @property
+    def _limit(self) -> int:
+        """How many messages may be on the channel now."""
+        return 1 if self._suspects else self._window
+
+    def on_confirm(self, publication: Publication, confirm: Confirm, reason: str) -> None:
         """Take the broker's answer to one sending."""
+        publication.is_sent = False
         self._sent -= 1
         self._sent_bytes -= publication.size
-        if self._suspects:
-            self._suspects -= 1
-        if not publication.is_resolved:
-            self._finish(publication, self._error_of(publication, confirm, reason))
+        if publication.is_resolved:
+            self._abandoned -= 1
+            self._abandoned_bytes -= publication.size
+        else:
+            doubt = publication.is_in_doubt
+            self._finish(publication, self._error_of(publication, confirm, reason, in_doubt=doubt))
         if self._waiting and self._channel is not None:
             self._pump(self._channel)
 
     def _error_of(
         self,
-        publication: _Publication,
+        publication: Publication,
         confirm: Confirm,
         reason: str,
+        *,
+        in_doubt: bool,
     ) -> WorkQueueError | None:
         message = publication.message
         match confirm:
@@ -248,7 +287,7 @@ class Outbox:
                     reason=reason,
                 )
             case Confirm.NACK:
-                if publication.maybe_stored:
+                if in_doubt:
                     reason = f"{reason}, and an earlier sending was never answered"
                     return self._unknown(message, reason)
                 self.not_confirmed += 1
@@ -268,15 +307,36 @@ class Outbox:
             reason=reason,
         )
 
-    def _finish(self, publication: _Publication, error: WorkQueueError | None) -> None:
+    def _finish(self, publication: Publication, error: WorkQueueError | None) -> None:
         self._resolve(publication)
         publication.done(error)
 
-    def _resolve(self, publication: _Publication) -> None:
+    def _resolve(self, publication: Publication) -> None:
         publication.is_resolved = True
         self._pending.pop(publication, None)
-        if not self._pending:
+        if publication.is_sent:
+            self._abandoned += 1
+            self._abandoned_bytes += publication.size
+        else:
+            self._waiting.pop(publication, None)
+        if publication.is_suspect:
+            self._suspects.discard(publication)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._pending and not self._expected:
             self._idle.set()
+
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """Let `flush` wait for a publication that is about to be submitted."""
+        self._expected += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._expected -= 1
+            self._note_idle()
 
     def _arm(self, deadline: float) -> None:
         """Have `_expire` called at the earliest deadline, with one timer for all of them."""
@@ -292,15 +352,31 @@ class Outbox:
         self._timer = None
         now = asyncio.get_running_loop().time()
         blocked = self._connection.is_blocked
+        unanswered = False
         for publication in [one for one in self._pending if one.deadline <= now]:
+            unanswered |= publication.is_sent
             self._finish(publication, self._overdue(publication, blocked=blocked))
+        if unanswered and not blocked:
+            self._renew_if_stuck()
         if self._pending:
-            self._arm(min(publication.deadline for publication in self._pending))
+            next_deadline = min(publication.deadline for publication in self._pending)
+            self._arm(max(next_deadline, now + _EXPIRE_PAUSE * len(self._pending)))
 
-    def _overdue(self, publication: _Publication, *, blocked: bool) -> WorkQueueError:
-        reason = _BLOCKED_REASON if blocked else ""
+    def _renew_if_stuck(self) -> None:
+        """Have a new channel opened once half the window is held by what nobody waits for any more.
+
+        A queue that never confirms (its leader is gone) must not take the window from the others.
+        """
+        stuck, stuck_bytes = 2 * self._abandoned, 2 * self._abandoned_bytes
+        if stuck < self._limit and stuck_bytes < self._window_bytes:
+            return
+        if self._renewal is not None:
+            self._renewal.cancel()
+
+    def _overdue(self, publication: Publication, *, blocked: bool) -> WorkQueueError:
+        reason = _CLOSED_REASON if self._is_closed else _BLOCKED_REASON if blocked else ""
         connected = self._channel is not None
-        if publication.is_sent or publication.maybe_stored:
+        if publication.is_sent or publication.is_in_doubt:
             if not connected:
                 reason = reason or f"the connection was lost ({self._connection.last_error})"
             return self._unknown(publication.message, reason or "the broker is silent")
@@ -353,40 +429,51 @@ class Outbox:
     async def _use(self, channel: PublishChannel) -> None:
         """Publish through a channel until it is lost, then take back what it did not confirm."""
         self._channel = channel
-        self._pump(channel)
+        reason = "too much of what was sent stayed unanswered"
         try:
-            reason = await channel.wait_lost()
+            with anyio.CancelScope() as self._renewal:
+                self._pump(channel)
+                reason = await channel.wait_lost()
         finally:
-            self._channel = None
+            self._channel = self._renewal = None
+        # What is lost is closed already. One to be renewed may still confirm something meanwhile.
+        await channel.aclose(timeout=_CLOSE_TIMEOUT)
         left = [one.publication for one in channel.take_unconfirmed() if isinstance(one, _Sent)]
-        self._sent = self._sent_bytes = 0
-        again = [publication for publication in left if not publication.is_resolved]
-        for publication in again:
-            publication.maybe_stored = True
+        self._sent = self._sent_bytes = self._abandoned = self._abandoned_bytes = 0
+        for publication in left:
             publication.is_sent = False
-        if channel.is_refusal and len(again) == 1:
+        again = [publication for publication in left if not publication.is_resolved]
+        refusal = channel.refusal
+        if refusal is not None and len(left) == 1:
             # The broker closed the channel for what was on it, and there was one message only.
-            self._suspects = max(0, self._suspects - 1)
-            message = again[0].message
-            error = NotConfirmedError(message.message_id, queue=message.queue, reason=reason)
-            self.not_confirmed += 1
-            self._finish(again[0], error)
+            for culprit in again:
+                doubt = culprit.maybe_stored
+                self._finish(culprit, self._error_of(culprit, refusal, reason, in_doubt=doubt))
             return
-        if channel.is_refusal:
-            # One of these messages is at fault: sent one by one, it can be told from the others.
-            self._suspects = len(again)
-        self._waiting.extendleft(reversed(again))
+        for publication in reversed(again):
+            if refusal is None:
+                publication.maybe_stored = True
+            else:
+                # One of these messages is at fault: sent one by one, it is told from the others.
+                publication.is_suspect = True
+                self._suspects.add(publication)
+            self._waiting[publication] = None
+            self._waiting.move_to_end(publication, last=False)
         self.resent += len(again)
         _log.warning("The channel to publish on was lost: %s. Unconfirmed: %d.", reason, len(again))
 
     def _refuse(self, error: ConnectionLostError) -> None:
         self._refused = error
-        self._waiting.clear()
         for publication in list(self._pending):
-            if publication.maybe_stored:
+            if publication.is_in_doubt:
                 self._finish(publication, self._unknown(publication.message, error.reason))
             else:
-                self._finish(publication, error)
+                self._finish(publication, self._refusal())
+
+    def _refusal(self) -> ConnectionLostError | None:
+        """Return the error of a producer that can never connect: a new one for everybody."""
+        error = self._refused
+        return error and type(error)(error.what, reason=error.reason)
 
     async def wait_connected(self, *, timeout: float) -> None:
         """Wait for the first usable connection.
@@ -409,32 +496,37 @@ class Outbox:
         """Wait until every publication has its outcome, and say whether that came in time."""
         try:
             async with asyncio.timeout(timeout):
-                await self._idle.wait()
+                while self._pending or self._expected:
+                    await self._idle.wait()
         except TimeoutError:
             return False
         return True
 
     async def aclose(self, *, timeout: float) -> None:
-        """Close channel and connection; each within ``timeout`` seconds. Twice harmless.
+        """Close the connection within ``timeout`` seconds. Twice harmless.
 
-        What is still pending hears that its outcome is unknown, or that it was not sent.
+        What is still pending hears that its outcome is unknown, or that it was not sent. A call
+        that is cancelled leaves the closing to go on by itself.
         """
-        if self._is_closed:
-            return
-        self._is_closed = True
-        for timer in (self._timer, self._blocked_timer):
-            if timer is not None:
-                timer.cancel()
-        for publication in list(self._pending):
-            self._finish(publication, self._overdue(publication, blocked=False))
-        channel, task = self._channel, self._task
+        if self._closing is None:
+            self._is_closed = True
+            blocked = self._connection.is_blocked
+            for publication in list(self._pending):
+                self._finish(publication, self._overdue(publication, blocked=blocked))
+            for timer in (self._timer, self._blocked_timer):
+                if timer is not None:
+                    timer.cancel()
+            loop = asyncio.get_running_loop()
+            self._closing = loop.create_task(self._close(timeout), name="aioworkq closes")
         with anyio.CancelScope(shield=True):
-            if task is not None:
-                task.cancel()
-                await asyncio.wait({task})
-            if channel is not None:
-                await channel.aclose(timeout=timeout)
-            await self._connection.aclose(timeout=timeout)
+            await asyncio.shield(self._closing)
+
+    async def _close(self, timeout: float) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        # Its end is the channel's too; closing that first would wait for an answer once more.
+        await self._connection.aclose(timeout=timeout)
 
 
 def _backoff(failures: int) -> float:

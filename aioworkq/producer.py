@@ -7,6 +7,7 @@ The queue is declared, the body encoded and checked here; confirms, the window a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import uuid
@@ -245,7 +246,7 @@ class Producer:
             TypeError: The body is not of the queue's type or cannot be encoded.
             StateError: The producer does not run.
         """
-        outbox = self._running("publish")
+        outbox = self._running()
         queue = as_queue(queue)
         seconds = _checked_delay(delay, at, expiration)
         message = self._message(
@@ -262,14 +263,17 @@ class Producer:
         deadline = loop.time() + wait
         wire = self._connection.prepare(message)
         if seconds or self._must_declare(queue):
-            await self._make_way(queue, deadline, message=message, delay=seconds)
+            with outbox.expecting():
+                await self.make_way(queue, deadline, message=message, delay=seconds)
             wire = self._connection.prepare(message)
         try:
             await outbox.publish(message, wire, deadline=deadline)
         except UnroutableError:
             if not (queue.declare or seconds):
                 raise
-            await self.make_way_again(queue, deadline, message=message, delay=seconds)
+            self.forget(queue)
+            with outbox.expecting():
+                await self.make_way(queue, deadline, message=message, delay=seconds)
             await outbox.publish(message, self._connection.prepare(message), deadline=deadline)
         return message.message_id
 
@@ -289,10 +293,12 @@ class Producer:
         """Publish many messages, pipelined, and report what became of each.
 
         The iterable is read as fast as RabbitMQ confirms: at most ``window`` messages are under
-        way, so memory does not grow with its length. A message that fails does not stop the others.
-        They are stored in the iterable's order, but for those that an outage made it publish again.
+        way, and 16 MiB of bodies, so memory does not grow with its length. A message that fails
+        does not stop the others. They are stored in the iterable's order, but for those that an
+        outage made it publish again.
 
-        Cancelling it is safe: what was sent is stored or not, what was not sent never will be.
+        Cancelling it is safe, and waits for nothing: what was sent is stored or not, what was not
+        sent never will be.
 
         Args:
             queue: As for `publish`.
@@ -311,18 +317,22 @@ class Producer:
         Raises:
             ConnectionLostError: No usable connection in time to declare the queue.
             TopologyError: The queue cannot be declared.
-            StateError: The producer does not run.
+            StateError: The producer does not run, or is closed meanwhile.
             Exception: What the iterable raises, once the messages before it have their outcome.
         """
-        outbox = self._running("publish")
+        outbox = self._running()
         queue = as_queue(queue)
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
         seconds = _checked_delay(delay, at, expiration)
-        await self._make_way(queue, asyncio.get_running_loop().time() + wait)
-        batch = Batch(self, outbox, queue, delay=seconds, timeout=wait)
-        try:
-            async for body in each(bodies):
+        with outbox.expecting():
+            await self.make_way(queue, asyncio.get_running_loop().time() + wait)
+        async with (
+            Batch(self, outbox, queue, delay=seconds, timeout=wait) as batch,
+            contextlib.aclosing(each(bodies)) as every,
+        ):
+            async for body in every:
                 await batch.wait_room()
+                self._running()
                 try:
                     message = self._message(
                         queue,
@@ -336,27 +346,17 @@ class Producer:
                     await batch.submit(message)
                 except (TypeError, ValueError) as exc:
                     batch.fail(exc)
-        finally:
-            await batch.wait_done()
         return batch.finish()
 
     def _must_declare(self, queue: Queue[Any]) -> bool:
         return queue.declare and queue.name not in self._declared
 
-    async def make_way_again(
-        self,
-        queue: Queue[Any],
-        deadline: float,
-        *,
-        message: Message,
-        delay: float,
-    ) -> None:
-        """Declare what a message found missing: its queue, or a delay queue. For `Batch` too."""
+    def forget(self, queue: Queue[Any]) -> None:
+        """Have `make_way` declare again: something was found missing. For `Batch` too."""
         self._declared.discard(queue.name)
         self._delays.forget()
-        await self._make_way(queue, deadline, message=message, delay=delay)
 
-    async def _make_way(
+    async def make_way(
         self,
         queue: Queue[Any],
         deadline: float,
@@ -365,6 +365,8 @@ class Producer:
         delay: float = 0.0,
     ) -> None:
         """Declare what is not known to exist, trying again through an outage until the deadline.
+
+        A message with a delay is addressed to the delay queues. For `Batch` too.
 
         Raises:
             ConnectionLostError: No usable connection in time.
@@ -398,14 +400,10 @@ class Producer:
                 reason=reason or self._connection.last_error or "no answer in time",
             ) from None
 
-    async def send_off(self, message: Message, delay: float, *, timeout: float) -> None:
-        """Address a message to the delay queues. For `Batch`."""
-        await self._delays.send_off(message, delay, timeout=timeout)
-
-    def _running(self, what: str) -> Outbox:
+    def _running(self) -> Outbox:
         if self._outbox is None or self._is_closed:
             raise StateError(
-                f"this producer cannot {what}",
+                "this producer cannot publish",
                 reason="it was closed" if self._is_closed else "it was not started",
                 advice="Use it inside `async with Producer(...) as producer:`.",
             )
@@ -423,6 +421,11 @@ class Producer:
         correlation_id: str | None,
     ) -> Message:
         encoded = codec_for(queue.body_type).encode(body)
+        for what, value in (("message_id", message_id), ("correlation_id", correlation_id)):
+            if value is not None and not isinstance(value, str):
+                raise TypeError(
+                    f"{what} is a str, not {type(value).__name__}: give str(...) of it."
+                )
         if message_id is None:
             self._sequence += 1
             message_id = f"{self._ids}-{self._sequence}"

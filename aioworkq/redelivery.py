@@ -5,40 +5,67 @@ it is done and only its ack was lost, some of it was never started. This memory 
 that nothing runs beside itself, nothing that succeeded runs twice, and nothing unstarted is charged
 an attempt. It is bounded, belongs to one consumer, and only ever errs towards running once more.
 
-Messages are told apart by their ``message_id``. For one without an id, only "is an equal body still
-running" is asked: two equal messages without ids may be two pieces of work, and both must be done.
+Messages are told apart by their ``message_id``, and a copy of ours from its original by what our
+headers say of it. For messages without an id, only "is an equal body still running" is asked: two
+equal messages without ids may be two pieces of work, and both must be done.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
+
+from aioworkq.message import ATTEMPTS, LAST_FAILURE
 
 if TYPE_CHECKING:
     from aioworkq.message import Message
 
 K = TypeVar("K")
 
+Identity: TypeAlias = tuple[str, int, str, str]
+
+_MISSING: Final = ""
+
+
+def identity(message: Message) -> Identity | None:
+    """Return what a message shares with its redeliveries and with no copy; None without an id."""
+    if not message.message_id:
+        return None
+    headers = message.headers
+    return (
+        message.message_id,
+        hash(message.body),
+        str(headers.get(ATTEMPTS, _MISSING)),
+        str(headers.get(LAST_FAILURE, _MISSING)),
+    )
+
+
+def is_same_message(one: Message, other: Message) -> bool:
+    """Say whether two deliveries may be of one message, or of a copy of it."""
+    if one.message_id or other.message_id:
+        return one.message_id == other.message_id
+    return one.body == other.body
+
 
 class RedeliveryMemory(Generic[K]):
     """A bounded memory of acks and of returns that were no attempts.
 
     Args:
-        size: So many message ids are remembered of each kind; the oldest are forgotten first.
+        size: So many messages are remembered of each kind; the oldest are forgotten first.
     """
 
     def __init__(self, *, size: int) -> None:
         self._size = size
-        self._acked: OrderedDict[str, K] = OrderedDict()
-        self._excused: OrderedDict[str, int] = OrderedDict()
+        self._acked: OrderedDict[Identity, K] = OrderedDict()
+        self._excused: OrderedDict[Identity, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._acked) + len(self._excused)
 
     def acked(self, message: Message, subscription: K) -> None:
-        """Remember that a message was handled and acked on this subscription."""
-        key = message.message_id
-        if not key:
+        """Remember that a message is done, and was acked on this subscription."""
+        key = identity(message)
+        if key is None:
             return
         self._excused.pop(key, None)
         self._acked[key] = subscription
@@ -47,34 +74,33 @@ class RedeliveryMemory(Generic[K]):
 
     def acked_on(self, message: Message) -> K | None:
         """Return the subscription that a message was last acked on, if it is remembered."""
-        return self._acked.get(message.message_id) if message.message_id else None
+        key = identity(message) if self._acked else None
+        return None if key is None else self._acked.get(key)
 
     def excuse(self, message: Message) -> None:
-        """Remember that this message comes back, though it was not started."""
-        key = message.message_id
-        if not key:
+        """Remember that this message comes back, though its return was no attempt."""
+        key = identity(message)
+        if key is None:
             return
+        # What comes back is not done, whatever happened to an equal message before.
+        self._acked.pop(key, None)
         self._excused[key] = self._excused.pop(key, 0) + 1
         if len(self._excused) > self._size:
             self._excused.popitem(last=False)
 
     def excused(self, message: Message) -> int:
         """Return how many returns of this message were no attempts."""
-        return self._excused.get(message.message_id, 0) if self._excused else 0
+        key = identity(message) if self._excused else None
+        return 0 if key is None else self._excused.get(key, 0)
 
     def started(self, message: Message) -> None:
-        """Forget the ack of an earlier copy: what runs now must be settled by itself."""
-        if self._acked:
-            self._acked.pop(message.message_id, None)
+        """Forget the ack of an equal message: what runs now must be settled by itself."""
+        key = identity(message) if self._acked else None
+        if key is not None:
+            self._acked.pop(key, None)
 
     def settled(self, message: Message) -> None:
-        """Forget the excuses: this copy is gone, and a later one has counts of its own."""
-        if self._excused:
-            self._excused.pop(message.message_id, None)
-
-
-def is_same_message(one: Message, other: Message) -> bool:
-    """Say whether two deliveries may be of one message."""
-    if one.message_id or other.message_id:
-        return one.message_id == other.message_id
-    return one.body == other.body
+        """Forget the excuses: this copy is gone, and an equal one has counts of its own."""
+        key = identity(message) if self._excused else None
+        if key is not None:
+            self._excused.pop(key, None)

@@ -68,4 +68,5 @@ def _drain_on_signals(worker: Worker) -> Generator[None, None, None]:
     finally:
         for number in _SIGNALS:
             loop.remove_signal_handler(number)
-            signal.signal(number, previous[number])
+            if previous[number] is not None:  # None: installed by code that is not Python
+                signal.signal(number, previous[number])

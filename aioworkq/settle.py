@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
+from aioworkq.delay import MAX_DELAY
 from aioworkq.delays import DelayQueues
 from aioworkq.errors import UnroutableError, WorkQueueError
 from aioworkq.message import (
@@ -48,13 +50,28 @@ class Unsettled:
         subscription: Where it came from, and the only place that may settle it.
         tag: Its number there.
         used: How many attempts were used up before it.
+        was_started: Whether its handler was started.
     """
 
     delivery: Delivery
     subscription: Subscription
     tag: int
     used: int
+    was_started: bool = False
     is_settled: bool = False
+
+
+class Settled(Enum):
+    """What has become of a delivery."""
+
+    LOST = "lost"
+    """The channel was lost before: RabbitMQ has requeued it by itself."""
+    ACKED = "acked"
+    """Gone, or a confirmed copy has taken its place. So it is when the ack came too late."""
+    RETURNED = "returned"
+    """Back in its queue."""
+    OVERCOUNTED = "overcounted"
+    """Back in its queue, which counts an attempt that was none."""
 
 
 @dataclass(slots=True)
@@ -97,15 +114,17 @@ class Settler:
         self._stopping = stopping
         self._timeout = timeout
         self._delays = DelayQueues(connection)
+        self._copying: set[anyio.CancelScope] = set()
         self.counts = Counts()
 
-    async def settle(self, unsettled: Unsettled, outcome: Outcome) -> bool:
-        """Carry out the outcome of a delivery; called once for each.
+    def hurry(self) -> None:
+        """Let no copy that is under way take longer than a few seconds more: the worker stops."""
+        soon = anyio.current_time() + _STOPPING_TIMEOUT
+        for scope in self._copying:
+            scope.deadline = min(scope.deadline, soon)
 
-        Returns:
-            Whether it was carried out: False when the channel was lost before, and RabbitMQ has
-            requeued the message by itself. True for a copy that is confirmed, even when the ack of
-            the original came too late.
+    async def settle(self, unsettled: Unsettled, outcome: Outcome) -> Settled:
+        """Carry out the outcome of a delivery; called once for each. Raises no error.
 
         Raises:
             RuntimeError: It was settled already: a bug of the library.
@@ -115,31 +134,53 @@ class Settler:
         unsettled.is_settled = True
         if unsettled.subscription.is_lost:
             self.counts.stale_settles += 1
+            return Settled.LOST
+        try:
+            match outcome:
+                case Ack():
+                    return self._ack(unsettled)
+                case Requeue():
+                    return await self._requeue(unsettled, outcome)
+                case Retry():
+                    return await self._retry(unsettled, outcome)
+                case DeadLetter():
+                    return await self._dead_letter(unsettled, outcome)
+        except Exception:  # a defect of ours must neither lose the message nor end the worker
+            _log.exception("%r goes back to its queue: please report this.", unsettled.delivery)
+            return await self._put_back(unsettled, counts=unsettled.was_started)
+
+    async def recount(self, unsettled: Unsettled) -> bool:
+        """Put a copy that carries the attempts used so far in the place of a delivery.
+
+        A classic queue tells that a message was handed over before, but not how often. One that
+        kills its process would be started for ever; so what is about to be started once more is
+        replaced, and the copy's own first start is a new one to the queue.
+
+        Returns:
+            Whether that was done; if not, nothing was settled.
+        """
+        timeout = min(self._timeout, _STOPPING_TIMEOUT)
+        if not await self._copy_back(unsettled, used=unsettled.used, timeout=timeout):
             return False
-        match outcome:
-            case Ack():
-                done = unsettled.subscription.ack(unsettled.tag)
-                self.counts.stale_settles += not done
-            case Requeue():
-                done = await self._requeue(unsettled, outcome)
-            case Retry():
-                done = await self._retry(unsettled, outcome)
-            case DeadLetter():
-                done = await self._dead_letter(unsettled, outcome)
-        return done
+        unsettled.is_settled = True
+        self._ack(unsettled)
+        return True
 
-    def _ack(self, unsettled: Unsettled) -> None:
-        """Ack the original of a confirmed copy; too late, it leaves two, and is counted."""
-        if not unsettled.subscription.ack(unsettled.tag):
-            self.counts.stale_settles += 1
+    def _ack(self, unsettled: Unsettled) -> Settled:
+        """Ack; too late for the original of a confirmed copy, it leaves two, and is counted."""
+        if unsettled.subscription.ack(unsettled.tag):
+            return Settled.ACKED
+        self.counts.stale_settles += 1
+        return Settled.LOST
 
-    def _give_back(self, unsettled: Unsettled, *, counts: bool) -> bool:
-        done = unsettled.subscription.requeue(unsettled.tag, counts=counts)
-        self.counts.requeued += done
-        self.counts.stale_settles += not done
-        return done
+    def _give_back(self, unsettled: Unsettled, *, counts: bool) -> Settled:
+        if unsettled.subscription.requeue(unsettled.tag, counts=counts):
+            self.counts.requeued += 1
+            return Settled.RETURNED
+        self.counts.stale_settles += 1
+        return Settled.LOST
 
-    async def _requeue(self, unsettled: Unsettled, outcome: Requeue) -> bool:
+    async def _requeue(self, unsettled: Unsettled, outcome: Requeue) -> Settled:
         """Give a message back, counted as an attempt or not.
 
         Not every queue can do both by itself. A classic queue knows only that a message was
@@ -154,21 +195,32 @@ class Settler:
         else:
             needs_copy = queue.type == "classic" or self._connection.counts_nacks
             used = unsettled.used
-        if needs_copy and await self._copy_back(unsettled, used=used):
+        if not needs_copy:
+            return self._give_back(unsettled, counts=outcome.counts)
+        if await self._copy_back(unsettled, used=used):
             self.counts.requeued += 1
             self._ack(unsettled)
-            return True
-        return self._give_back(unsettled, counts=outcome.counts)
+            return Settled.ACKED
+        settled = self._give_back(unsettled, counts=outcome.counts)
+        if settled is Settled.RETURNED and not outcome.counts:
+            return Settled.OVERCOUNTED
+        return settled
 
-    async def _copy_back(self, unsettled: Unsettled, *, used: int) -> bool:
+    async def _copy_back(
+        self,
+        unsettled: Unsettled,
+        *,
+        used: int,
+        timeout: float | None = None,
+    ) -> bool:
         message = unsettled.delivery.message
         headers = {**message.headers, ATTEMPTS: used}
         if not used:
             del headers[ATTEMPTS]
-        return await self._publish(message.copy_to(self._queue.name, headers))
+        return await self._publish(message.copy_to(self._queue.name, headers), timeout=timeout)
 
-    async def _retry(self, unsettled: Unsettled, outcome: Retry) -> bool:
-        """Let a copy wait in the broker, for at least an eighth of a second."""
+    async def _retry(self, unsettled: Unsettled, outcome: Retry) -> Settled:
+        """Let a copy wait in the broker, for an eighth of a second up to a year."""
         delivery = unsettled.delivery
         now = datetime.now(UTC)
         headers = {FIRST_FAILURE: now, **delivery.message.headers, LAST_FAILURE: now}
@@ -176,64 +228,104 @@ class Settler:
         copy = delivery.message.copy_to(self._queue.name, headers)
         # In a delay queue an expiration would end the delay.
         copy.expiration = None
-        if not await self._publish(copy, delay=max(outcome.delay, _SHORTEST_DELAY)):
-            return await self._put_back(unsettled)
-        self._ack(unsettled)
+        delay = min(max(outcome.delay, _SHORTEST_DELAY), MAX_DELAY)
+        if not await self._publish(copy, delay=delay):
+            return await self._put_back(unsettled, counts=outcome.counts)
         self.counts.retried += 1
-        return True
-
-    async def _dead_letter(self, unsettled: Unsettled, outcome: DeadLetter) -> bool:
-        delivery = unsettled.delivery
-        headers = dead_letter_headers(
-            delivery.message.headers,
-            queue=self._queue.name,
-            attempts=delivery.attempt,
-            reason=outcome.reason,
-            failure=outcome.failure,
-            now=datetime.now(UTC),
-        )
-        dead = delivery.message.copy_to(self._queue.dead_letter_queue, headers)
-        dead.expiration = None
-        if not await self._publish(dead):
-            return await self._put_back(unsettled)
         self._ack(unsettled)
+        return Settled.ACKED
+
+    async def _dead_letter(self, unsettled: Unsettled, outcome: DeadLetter) -> Settled:
+        delivery = unsettled.delivery
+        if not await self._publish(self._dead_letter_of(unsettled, outcome)):
+            return await self._put_back(unsettled, counts=unsettled.was_started)
         self.counts.dead_lettered += 1
+        self._ack(unsettled)
         _log.warning(
             "%r was dead-lettered to %r: %s.",
             delivery,
             self._queue.dead_letter_queue,
             outcome.reason,
         )
-        return True
+        return Settled.ACKED
 
-    async def _put_back(self, unsettled: Unsettled) -> bool:
+    def _dead_letter_of(self, unsettled: Unsettled, outcome: DeadLetter) -> Message:
+        """Return a dead letter that RabbitMQ takes.
+
+        Ours and the message's own headers together may be more than a header frame holds, or the
+        message's own ones cannot be written again. Then what matters least is left out: first what
+        the exception says, then the message's own headers.
+        """
+        message = unsettled.delivery.message
+        for headers, failure in (
+            (message.headers, outcome.failure),
+            (message.headers, None),
+            ({}, outcome.failure),
+        ):
+            dead = message.copy_to(
+                self._queue.dead_letter_queue,
+                dead_letter_headers(
+                    headers,
+                    queue=self._queue.name,
+                    attempts=unsettled.used + unsettled.was_started,
+                    reason=str(outcome.reason),
+                    failure=failure,
+                    now=datetime.now(UTC),
+                ),
+            )
+            dead.expiration = None
+            try:
+                self._outbox.connection.prepare(dead)
+            except (ValueError, TypeError) as exc:
+                _log.warning("A dead letter of %r is cut down: %s", unsettled.delivery, exc)
+            else:
+                break
+        return dead
+
+    async def _put_back(self, unsettled: Unsettled, *, counts: bool) -> Settled:
         """Return a message whose copy could not be published; wait a little, so as not to spin."""
         self.counts.failed_copies += 1
         with anyio.move_on_after(_FAILED_COPY_PAUSE):
             await self._stopping.wait()
-        return self._give_back(unsettled, counts=False)
+        return self._give_back(unsettled, counts=counts)
 
-    async def _publish(self, copy: Message, *, delay: float = 0.0) -> bool:
+    async def _publish(
+        self,
+        copy: Message,
+        *,
+        delay: float = 0.0,
+        timeout: float | None = None,
+    ) -> bool:
         """Publish a copy and say whether it is confirmed. Never raises an error."""
-        timeout = _STOPPING_TIMEOUT if self._stopping.is_set() else self._timeout
-        try:
+        if timeout is None:
+            timeout = _STOPPING_TIMEOUT if self._stopping.is_set() else self._timeout
+        reason = "the worker stops"
+        with anyio.CancelScope() as scope:
+            self._copying.add(scope)
             try:
-                await self._publish_once(copy, delay, timeout)
-            except UnroutableError:
-                # A queue was deleted since it was declared.
-                self._delays.forget()
-                await self._connection.declare(declarations(self._queue), timeout=timeout)
-                await self._publish_once(copy, delay, timeout)
-        except (WorkQueueError, ValueError, TypeError) as exc:
-            _log.error(
-                "A copy of message %s to queue %r could not be published; "
-                "the original goes back to its queue: %s",
-                copy.message_id or "without id",
-                copy.queue,
-                exc,
-            )
-            return False
-        return True
+                await self._publish_routed(copy, delay, timeout)
+            except (WorkQueueError, ValueError, TypeError) as exc:
+                reason = str(exc)
+            else:
+                return True
+            finally:
+                self._copying.discard(scope)
+        _log.error(
+            "A copy of message %s to queue %r could not be published, the original stays: %s",
+            copy.message_id or "without id",
+            copy.queue,
+            reason,
+        )
+        return False
+
+    async def _publish_routed(self, copy: Message, delay: float, timeout: float) -> None:
+        try:
+            await self._publish_once(copy, delay, timeout)
+        except UnroutableError:
+            # A queue was deleted since it was declared.
+            self._delays.forget()
+            await self._connection.declare(declarations(self._queue), timeout=timeout)
+            await self._publish_once(copy, delay, timeout)
 
     async def _publish_once(self, copy: Message, delay: float, timeout: float) -> None:
         if delay:

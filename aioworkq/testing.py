@@ -162,7 +162,10 @@ class RabbitMQ:
 
     @property
     def log(self) -> str:
-        """The tail of what the node wrote: its output, then its log. Kept when it is closed."""
+        """The tail of what the node wrote: its log, then its output. Kept when it is closed.
+
+        RabbitMQ writes its log with a delay: a node that was killed wrote less than it did.
+        """
         return self._last_log if self._node is None else self._node.log()
 
     async def start(self) -> None:

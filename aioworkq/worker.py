@@ -11,7 +11,7 @@ import contextlib
 import logging
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 
 import anyio
 from anyio import TASK_STATUS_IGNORED
@@ -38,13 +38,33 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("aioworkq")
 
-F = TypeVar("F", bound="Callable[..., Any]")
+T = TypeVar("T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _COPY_WINDOW: Final = 256
 _COPY_WINDOW_BYTES: Final = 16 * 1024 * 1024
 _CLOSE_TIMEOUT: Final = 5.0
 _STUCK_AFTER: Final = 5.0
 _DEFAULT_ATTEMPTS: Final = 20
+
+
+T_handled = TypeVar("T_handled", contravariant=True)
+
+
+class Register(Protocol[T_handled]):
+    """The decorator that `Worker.handler` returns: takes a handler, and gives it back unchanged.
+
+    For type checkers, the body is the handler's first parameter.
+    """
+
+    def __call__(
+        self,
+        function: Callable[Concatenate[T_handled, P], R],
+        /,
+    ) -> Callable[Concatenate[T_handled, P], R]:
+        """Register the handler."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +192,13 @@ class Worker:
         self._deadline = math.inf
         self._error: BaseException | None = None
         self._was_started = False
+        self._was_announced = False
         self._has_ended = False
         self._background: _Background | None = None
 
     def handler(
         self,
-        queue: Queue[Any] | str,
+        queue: Queue[T] | str,
         *,
         concurrency: int | None = None,
         prefetch_count: int | None = None,
@@ -186,7 +207,7 @@ class Worker:
         on_error: OnError = "requeue",
         on_connection_loss: OnConnectionLoss = "finish",
         retry: RetryPolicy | None = None,
-    ) -> Callable[[F], F]:
+    ) -> Register[T]:
         """Register a function as the handler of a queue; it is returned unchanged.
 
         A coroutine function runs in the event loop, a plain one in a thread. One parameter takes
@@ -206,8 +227,8 @@ class Worker:
             attempts: How often a message is started in all before it is dead-lettered, crashes of
                 the process included; None for no bound.
             on_error: ``"requeue"`` gives the message back to the queue after a pause that grows
-                from 0.1 to 5 s; ``"dead-letter"`` and ``"discard"`` do so at the first error; a function
-                of exception and delivery returns the outcome.
+                from 0.1 to 5 s; ``"dead-letter"`` and ``"discard"`` do so at the first error; a
+                function of exception and delivery returns the outcome.
             on_connection_loss: ``"finish"`` lets running handlers end, though their message is
                 handed over again (a redelivery here waits for them); ``"cancel"`` cancels them.
             retry: Instead of requeueing a failed message, let it wait in RabbitMQ for the policy's
@@ -220,7 +241,7 @@ class Worker:
         """
         registered = as_queue(queue)
 
-        def register(function: F) -> F:
+        def register(function: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
             if self._was_started:
                 raise StateError(
                     f"handler of queue {registered.name!r} cannot be registered",
@@ -253,7 +274,8 @@ class Worker:
         """Consume until `stop`, then drain.
 
         Outages are waited out: consumers come back by themselves, with a WARNING each time. With
-        ``await task_group.start(worker.run)`` the caller goes on once every consumer is subscribed.
+        ``await task_group.start(worker.run)`` the caller goes on once every consumer is subscribed,
+        or when the worker was stopped before that.
 
         Cancelling it cancels the running handlers, whose messages go back to their queues and are
         not charged an attempt; it still closes in order, within a few seconds for each step.
@@ -296,20 +318,26 @@ class Worker:
             await self._close()
         if self._error is not None:
             raise self._error
+        if not self._was_announced:
+            task_status.started()
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
         await self._connection.start()
         async with anyio.create_task_group() as supervision:
-            async with anyio.create_task_group() as handlers:
-                for consumer in self._consumers:
-                    supervision.start_soon(self._supervise, consumer, handlers)
-                supervision.start_soon(self._announce, task_status)
-                await self._stopping.wait()
-                await self._drain(handlers)
-            for consumer in self._consumers:
-                await consumer.give_back_unstarted()
-                await consumer.close()
-            supervision.cancel_scope.cancel()
+            try:
+                async with anyio.create_task_group() as handlers:
+                    for consumer in self._consumers:
+                        supervision.start_soon(self._supervise, consumer, handlers)
+                    supervision.start_soon(self._announce, task_status)
+                    try:
+                        await self._stopping.wait()
+                        await self._drain(handlers)
+                    finally:
+                        self._begin_stop()  # cancelled: no handler may be started any more
+            finally:
+                # Before the supervising tasks end: what they wait for ends with the connection.
+                await self._close_consumers()
+                supervision.cancel_scope.cancel()
 
     async def _supervise(self, consumer: Consumer, handlers: TaskGroup) -> None:
         """Run one consumer; its error ends the worker, once the others have drained."""
@@ -326,7 +354,15 @@ class Worker:
             await self._changes.wait()
         if self.is_ready:
             _log.info("The worker is ready: %s.", ", ".join(self._handlers))
+            self._was_announced = True
             task_status.started()
+
+    def _begin_stop(self) -> None:
+        """Let nothing more be started, and no copy take long."""
+        self._stopping.set()
+        self._changes.notify()
+        for consumer in self._consumers:
+            consumer.hurry()
 
     async def _drain(self, handlers: TaskGroup) -> None:
         """End what runs.
@@ -336,7 +372,7 @@ class Worker:
         3. Running handlers get until the end of the grace period; heartbeats go on.
         4. The rest is cancelled, and goes back uncounted.
         """
-        self._changes.notify()
+        self._begin_stop()
         if self._deadline == math.inf:
             self._deadline = anyio.current_time() + self._grace
         async with anyio.create_task_group() as tasks:
@@ -372,13 +408,18 @@ class Worker:
         for consumer in self._consumers:
             await consumer.wait_idle()
 
+    async def _close_consumers(self) -> None:
+        """Close all consumers at a time, and their connection. Bounded."""
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                for consumer in self._consumers:
+                    tasks.start_soon(consumer.close)
+            await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
+
     async def _close(self) -> None:
         """Close both connections, whatever happened. Bounded."""
         self._stopping.set()
         with anyio.CancelScope(shield=True):
-            for consumer in self._consumers:
-                await consumer.give_back_unstarted()
-                await consumer.close()
             await self._outbox.flush(timeout=_CLOSE_TIMEOUT)
             await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
             await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
@@ -400,6 +441,9 @@ class Worker:
         if loop is None:
             self._grace = min(self._grace, seconds)
             self._stopping.set()
+            self._changes.notify()
+            loop = self._loop  # `run` may have begun meanwhile, in another thread
+        if loop is None:
             return
         with contextlib.suppress(RuntimeError):  # a closed loop: it has stopped
             try:
@@ -497,6 +541,7 @@ class _Background:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._host = asyncio.current_task()
+        self._cancellations = self._host.cancelling() if self._host is not None else 0
         self._task: asyncio.Task[None] | None = None
         self._is_body = False
         self._cancelled_body = False
@@ -535,14 +580,16 @@ class _Background:
         self._is_body = False
         self._worker.stop()
         await self._wait()
+        is_ours = False
         if self._cancelled_body and self._host is not None:
-            self._host.uncancel()
+            # The body may have been cancelled by others too: that goes before.
+            is_ours = self._host.uncancel() <= self._cancellations
         task = self._task
         if task is None or task.cancelled():
             return
         error = task.exception()
         if error is not None and (
-            body_error is None or isinstance(body_error, asyncio.CancelledError)
+            body_error is None or (is_ours and isinstance(body_error, asyncio.CancelledError))
         ):
             raise error
 

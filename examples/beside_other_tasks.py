@@ -1,10 +1,10 @@
-"""Run a worker beside other tasks of an event loop, which has one clock to tick meanwhile."""
+"""Run a worker beside other tasks of an event loop, here beside a clock."""
 
 import asyncio
 
 import anyio
-
 from _broker import broker_url
+
 from aioworkq import Producer, Queue, Worker
 
 jobs = Queue("beside_other_tasks", str)
@@ -24,7 +24,7 @@ async def main(url: str) -> None:
 
     async def clock() -> None:
         nonlocal ticks
-        while True:
+        while not handled.is_set():
             await anyio.sleep(0.05)
             ticks += 1
 
@@ -35,8 +35,7 @@ async def main(url: str) -> None:
         async with Producer(url) as producer:
             await producer.publish(jobs, "a report")
         await handled.wait()
-        worker.stop()
-        tasks.cancel_scope.cancel()
+        worker.stop()  # returns at once; `worker.run` ends when all is done
     print("The worker and the clock have ended.")
 
 

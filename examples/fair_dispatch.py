@@ -8,6 +8,7 @@ import asyncio
 from collections import Counter
 
 from _broker import broker_url
+
 from aioworkq import Producer, Queue, Worker
 
 jobs = Queue("fair_dispatch", float)

@@ -7,6 +7,7 @@ import asyncio
 import sys
 
 from _broker import broker_url
+
 from aioworkq import Producer, Queue
 
 tasks = Queue("task_queue", str)

@@ -8,6 +8,8 @@ from aioworkq import Producer, Queue, Worker
 
 @dataclass
 class Email:
+    """What the queue carries."""
+
     to: str
     subject: str
 

@@ -5,6 +5,7 @@ import hashlib
 import threading
 
 from _broker import broker_url
+
 from aioworkq import Producer, Queue, Worker
 
 passwords = Queue("thread_handler", str)

@@ -6,8 +6,9 @@ Start it in one terminal, or in several, and `new_task.py` in another.
 import asyncio
 import os
 
-import aioworkq
 from _broker import broker_url
+
+import aioworkq
 from aioworkq import Queue, Worker
 
 tasks = Queue("task_queue", str)

@@ -202,6 +202,16 @@ class AmqpConnection:
     def _refuse(self, error: ConnectionLostError) -> None:
         self._refused = error
         self._changes.notify()
+        if self._robust is not None:
+            # Trying again cannot help, and may get the user locked out.
+            stop = asyncio.get_running_loop().create_task(self._robust.close())
+            self._tasks.append(stop)
+            stop.add_done_callback(_retrieve)
+
+    def _raise_refused(self) -> None:
+        """Raise the error of a connection that can never be: a new one for everybody."""
+        if self._refused is not None:
+            raise type(self._refused)(self._refused.what, reason=self._refused.reason)
 
     def _set_connected(self, connection: AbstractConnection) -> None:
         self._transport.end_handshake()
@@ -220,8 +230,7 @@ class AmqpConnection:
     async def wait_connected(self) -> None:
         """Wait until it is usable; see the protocol."""
         while True:
-            if self._refused is not None:
-                raise self._refused
+            self._raise_refused()
             if self._is_closed:
                 raise ConnectionLostError("connecting to RabbitMQ", reason="this side closed it")
             if self._current is not None and not self._current.is_closed:
@@ -285,8 +294,7 @@ class AmqpConnection:
         return int(tune.frame_max or DEFAULT_FRAME_MAX) if tune is not None else DEFAULT_FRAME_MAX
 
     def _require(self, what: str) -> AbstractConnection:
-        if self._refused is not None:
-            raise self._refused
+        self._raise_refused()
         if self._current is None or self._current.is_closed:
             raise ConnectionLostError(what, reason=self._last_error)
         return self._current

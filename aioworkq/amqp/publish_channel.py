@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from aiormq.exceptions import ChannelClosed
+from aiormq.exceptions import ChannelClosed, ChannelNotFoundEntity
 from pamqp.commands import Basic
 
 from aioworkq.amqp.tap import Content, FrameTap
@@ -45,7 +45,7 @@ class AmqpPublishChannel:
         self._writer = TickWriter(channel, self._take_buffer)
         self._lost = asyncio.Event()
         self._reason = ""
-        self._is_refusal = False
+        self._refusal: Confirm | None = None
         FrameTap(channel, on_content=self._on_return, on_confirm=self._on_confirm)
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
@@ -56,10 +56,14 @@ class AmqpPublishChannel:
         message_id = publication.message.message_id
         wire: Wire = publication.wire
         try:
-            if message_id in self._by_message_id:
+            if (
+                message_id in self._by_message_id
+                # A copy of a message that had it: the number would be another one's.
+                or _NUMBER_HEADER in publication.message.headers
+            ):
                 wire = self._with_number(publication, number)
             frames = wire.frames(self._channel.number, self._frame_max)
-        except ValueError as exc:
+        except (ValueError, TypeError) as exc:
             publication.settle(Confirm.NACK, str(exc))
             return
         self._number = number
@@ -123,15 +127,17 @@ class AmqpPublishChannel:
 
     def _on_closing(self, future: asyncio.Future[Any]) -> None:
         error = closing_exception(future)
-        self._is_refusal = isinstance(error, ChannelClosed) and error.args[0] is not None
+        if isinstance(error, ChannelClosed) and error.args[0] is not None:
+            not_found = isinstance(error, ChannelNotFoundEntity)
+            self._refusal = Confirm.RETURNED if not_found else Confirm.NACK
         self._reason = describe(error)
         self._writer.close()
         self._lost.set()
 
     @property
-    def is_refusal(self) -> bool:
-        """Whether the broker closed the channel because of something that was sent on it."""
-        return self._is_refusal
+    def refusal(self) -> Confirm | None:
+        """What the broker's closing of the channel means for its message; see the protocol."""
+        return self._refusal
 
     async def wait_lost(self) -> str:
         """Wait until the channel is unusable, and return why."""
@@ -148,11 +154,10 @@ class AmqpPublishChannel:
         return left
 
     async def aclose(self, *, timeout: float) -> None:
-        """Close the channel. Bounded, twice harmless."""
-        if self._lost.is_set():
-            return
-        await close_bounded(self._channel, timeout=timeout)
+        """Close the channel. Bounded, twice harmless. Meanwhile it still settles."""
+        # After a Channel.Close nothing may follow on it: RabbitMQ would close the connection.
         self._writer.close()
+        await close_bounded(self._channel, timeout=timeout)
         self._lost.set()
 
 

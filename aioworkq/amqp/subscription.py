@@ -110,7 +110,7 @@ class AmqpSubscription:
 
     def ack(self, tag: int) -> bool:
         """Acknowledge one delivery; see the protocol."""
-        if self._lost.is_set() or tag not in self._outstanding:
+        if self._lost.is_set() or tag in self._acked or tag not in self._outstanding:
             return False
         self._acked.add(tag)
         self._writer.wake()
@@ -118,7 +118,7 @@ class AmqpSubscription:
 
     def requeue(self, tag: int, *, counts: bool) -> bool:
         """Give one delivery back; see the protocol."""
-        if self._lost.is_set() or self._outstanding.pop(tag, 0) == 0:
+        if self._lost.is_set() or tag in self._acked or self._outstanding.pop(tag, 0) == 0:
             return False
         self._requeues.append((tag, counts))
         self._writer.wake()
@@ -166,11 +166,12 @@ class AmqpSubscription:
         return self._reason
 
     async def cancel(self, *, timeout: float) -> None:
-        """Ask for no more deliveries, and wait until the broker agrees. Bounded."""
-        if self._lost.is_set() or self._consumer_tag is None:
+        """Ask for no more deliveries, and wait until the broker agrees. Bounded, twice harmless."""
+        consumer_tag, self._consumer_tag = self._consumer_tag, None
+        if self._lost.is_set() or consumer_tag is None:
             return
         # With an answer (no nowait): what comes before it is still handed over.
-        cancel = self._channel.basic_cancel(self._consumer_tag)
+        cancel = self._channel.basic_cancel(consumer_tag)
         what = "cancelling a consumer"
         try:
             await guarded(cancel, self._channel, timeout=timeout, what=what)

@@ -14,7 +14,7 @@ import logging
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pamqp.body import ContentBody
-from pamqp.commands import Basic
+from pamqp.commands import Basic, Channel
 from pamqp.header import ContentHeader
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ class FrameTap:
         channel: The channel, fresh from being opened.
         on_content: Called with each complete delivery or return.
         on_confirm: Called with each ack or nack of the broker; None on a consuming channel.
+
+    Attributes:
+        has_close: Whether the broker has closed the channel. aiormq tells of it a few steps of the
+            event loop later; what is written in between makes RabbitMQ close the connection.
     """
 
     def __init__(
@@ -52,6 +56,7 @@ class FrameTap:
         self._properties: Basic.Properties | None = None
         self._parts: list[bytes] = []
         self._missing = 0
+        self.has_close = False
         setattr(channel, "frames", self)  # noqa: B010 - not in the ABC
 
     def __getattr__(self, name: str) -> Any:
@@ -88,6 +93,7 @@ class FrameTap:
         if self._on_confirm is not None and isinstance(frame, Basic.Ack | Basic.Nack):
             self._on_confirm(frame)
             return True
+        self.has_close |= isinstance(frame, Channel.Close)
         return False
 
     def _complete(self) -> None:

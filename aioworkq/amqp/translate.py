@@ -42,7 +42,8 @@ def describe(exc: BaseException | None) -> str:
     if isinstance(exc, aiormq_errors.AMQPConnectionError) and isinstance(cause, OSError):
         exc = cause
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return f"the server's certificate was refused: {exc.verify_message or exc}"
+        detail = getattr(exc, "verify_message", "") or exc
+        return f"the server's certificate was refused: {detail}"
     if isinstance(exc, OSError) and exc.strerror and not isinstance(exc, aiormq_errors.AMQPError):
         return exc.strerror
     texts = [str(arg) for arg in exc.args if arg is not None and arg != ""]

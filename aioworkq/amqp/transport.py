@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _READ_LIMIT: Final = 2**18
 _HANDSHAKE_BYTES: Final = 4096
+_TLS_SHUTDOWN: Final = 1.0
 
 
 class HandshakeReader(asyncio.StreamReader):
@@ -68,10 +69,11 @@ class BoundedTransportFactory(TransportFactory):
         **kwargs: Any,
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect; called by aiormq for each attempt."""
-        tls_context = None
+        self._reader = None  # what the last host said is not what this one says
         provider = kwargs.pop("ssl_context_provider", None)
         if url.scheme == "amqps" and provider is not None:
-            tls_context = await provider.get_context()
+            # A silent peer would hold up the next attempt for 30 seconds.
+            kwargs |= {"ssl": await provider.get_context(), "ssl_shutdown_timeout": _TLS_SHUTDOWN}
         loop = asyncio.get_running_loop()
         reader = HandshakeReader(limit=_READ_LIMIT, loop=loop)
         protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
@@ -81,7 +83,6 @@ class BoundedTransportFactory(TransportFactory):
                     lambda: protocol,
                     url.host or "",
                     url.port or 0,
-                    ssl=tls_context,
                     **kwargs,
                 )
         except TimeoutError as exc:

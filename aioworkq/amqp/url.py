@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from yarl import URL
 
+_MAX_HEARTBEAT: Final = 3600
 _SCHEMES: Final = {"amqp": 5672, "amqps": 5671}
 _ADVICE: Final = "Write it as amqp://user:password@host:port/vhost"
 
@@ -44,6 +45,12 @@ def _parse(text: str) -> URL:
         raise ValueError(f"the broker's URL has no host. {_ADVICE}.")
     if port == 0:
         raise ValueError(f"the broker's URL has port 0. {_ADVICE}.")
+    heartbeat = url.query.get("heartbeat", "1")
+    if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= _MAX_HEARTBEAT:
+        raise ValueError(
+            f"the broker's URL has heartbeat={heartbeat}: it must be from 1 to {_MAX_HEARTBEAT} "
+            "seconds. Without heartbeats a dead peer is never noticed.",
+        )
     return url if port else url.with_port(_SCHEMES[scheme])
 
 

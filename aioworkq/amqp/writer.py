@@ -20,7 +20,8 @@ class TickWriter:
     that a stalled peer leaves the bytes with us, where they are bounded, and heartbeats are not
     stuck behind them. aiormq's write queue holds ten pieces of all channels; a caller that blocks
     in its ``put`` when the connection dies is never woken. So the piece is put without waiting,
-    and when there is no room by a task which `close` cancels.
+    and when there is no room by a task which `close` cancels. Nothing is written once the tap has
+    seen that the broker closed the channel: RabbitMQ would close the connection for it.
 
     Args:
         channel: The channel whose connection is written to.
@@ -29,6 +30,7 @@ class TickWriter:
 
     def __init__(self, channel: AbstractChannel, produce: Callable[[], bytes]) -> None:
         self._loop = asyncio.get_running_loop()
+        self._channel = channel
         self._queue: asyncio.Queue[Any] = getattr(channel, "write_queue")  # noqa: B009 - not in the ABC
         self._produce = produce
         self._scheduled = False
@@ -45,7 +47,7 @@ class TickWriter:
 
     def _flush(self) -> None:
         self._scheduled = False
-        if self._closed or self._in_flight is not None:
+        if self._closed or self._in_flight is not None or self._has_close:
             return
         payload = self._produce()
         if not payload:
@@ -59,6 +61,10 @@ class TickWriter:
         except asyncio.QueueFull:
             self._blocked_put = self._loop.create_task(self._queue.put(frame))
         written.add_done_callback(self._written)
+
+    @property
+    def _has_close(self) -> bool:
+        return getattr(getattr(self._channel, "frames", None), "has_close", False)
 
     def _written(self, _: asyncio.Future[None]) -> None:
         self._in_flight = None

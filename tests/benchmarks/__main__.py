@@ -1,0 +1,159 @@
+"""What aioworkq costs beside the aio-pika idiom: ``make bench``.
+
+Every contestant publishes or handles the same messages (256 bytes, persistent, confirmed, durable
+classic queue, prefetch 100) on one private RabbitMQ, in a process of its own, interleaved in
+rounds, so that a slow moment of the machine hits all alike. The table shows medians, and ratios
+within a round. CPU per message is the client's alone, and steadier than a rate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+from aioworkq import Producer
+from aioworkq.testing import RabbitMQ
+from tests.benchmarks.contestants import BODY, bench_queue
+
+PAGE: Final = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+
+PAIRS: Final = (
+    ("publish, one at a time", "ours_publish_1", "idiom_publish_1", 3_000),
+    ("publish, 100 in flight", "ours_publish_100", "idiom_publish_100", 20_000),
+    ("publish_many / 100 in flight", "ours_publish_many", "idiom_publish_100", 20_000),
+    ("no-op worker, prefetch 100", "ours_consume", "idiom_consume", 20_000),
+)
+
+
+@dataclass
+class Series:
+    """The rounds of one contestant in one row."""
+
+    rates: list[float] = field(default_factory=list[float])
+    cpus: list[float] = field(default_factory=list[float])
+
+    def add(self, result: dict[str, float]) -> None:
+        self.rates.append(result["messages"] / result["wall"])
+        self.cpus.append(result["cpu"] / result["messages"] * 1e6)
+
+
+async def contestant(name: str, url: str, queue: str, count: int) -> list[dict[str, float]]:
+    """Run one contestant in a process of its own; return the lines it printed."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tests.benchmarks.contestants",
+        name,
+        url,
+        queue,
+        str(count),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{name} ended with {process.returncode}.")
+    return [json.loads(line) for line in output.decode().splitlines()]
+
+
+async def fill(url: str, queue: str, count: int) -> None:
+    async with Producer(url) as producer:
+        report = await producer.publish_many(bench_queue(queue), (BODY for _ in range(count)))
+        report.raise_for_errors()
+
+
+async def pair(url: str, rounds: int, row: tuple[str, str, str, int]) -> tuple[Series, Series]:
+    """Run two contestants in turn, who goes first changing with each round."""
+    _, ours, idiom, count = row
+    series = {ours: Series(), idiom: Series()}
+    for number in range(rounds):
+        for name in (ours, idiom) if number % 2 else (idiom, ours):
+            queue = f"bench-{name}-{number}"
+            await fill(url, queue, count if name.endswith("consume") else 1)
+            results = await contestant(name, url, queue, count)
+            series[name].add(results[-1])
+    return series[ours], series[idiom]
+
+
+def table_row(title: str, ours: Series, idiom: Series) -> str:
+    rate = statistics.median(a / b for a, b in zip(ours.rates, idiom.rates, strict=True))
+    cpu = statistics.median(a / b for a, b in zip(ours.cpus, idiom.cpus, strict=True))
+    cells = [
+        title,
+        f"{statistics.median(ours.rates):,.0f}",
+        f"{statistics.median(idiom.rates):,.0f}",
+        f"{rate:.2f}",
+        f"{statistics.median(ours.cpus):.0f}",
+        f"{statistics.median(idiom.cpus):.0f}",
+        f"{cpu:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+async def run(rounds: int, messages: int) -> str:
+    rows: list[str] = []
+    async with RabbitMQ() as node:
+        for row in PAIRS:
+            ours, idiom = await pair(node.url, rounds, row)
+            rows.append(table_row(row[0], ours, idiom))
+            print(rows[-1], flush=True)
+        memory = await contestant("ours_memory", node.url, "bench-memory", messages)
+    notes = [f"| {line['at']} | {line['resident_mb']:.0f} |" for line in memory if "at" in line]
+    print("\n".join(notes), flush=True)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("aio-pika", "aiormq", "anyio"))
+    return "\n".join(
+        (
+            "# Benchmarks",
+            "",
+            "What aioworkq costs beside the aio-pika idiom (`exchange.publish`, and",
+            "`queue.consume` with `message.process()`): 256-byte persistent messages, publisher",
+            "confirms, a durable classic queue, prefetch 100, one process each, on the broker's machine.",
+            "",
+            f"Medians of {rounds} interleaved rounds; ratios are taken within a round. More is",
+            "better for messages per second, less for CPU. The rate swings with the machine; CPU time",
+            "per message, of the client alone, is the figure to compare.",
+            "",
+            "| | msg/s ours | msg/s idiom | ratio | CPU µs ours | CPU µs idiom | ratio |",
+            "| --- | --- | --- | --- | --- | --- | --- |",
+            *rows,
+            "",
+            f"## Memory of one process that publishes and handles {messages:,} messages",
+            "",
+            "| | resident MB |",
+            "| --- | --- |",
+            *notes,
+            "",
+            "## How to repeat it",
+            "",
+            "`make bench` starts a private RabbitMQ, runs all of this and writes this page.",
+            "",
+            f"This page: Python {platform.python_version()}, {versions}, {os.cpu_count()} CPUs, "
+            f"{platform.system()}.",
+            "",
+        ),
+    )
+
+
+def main() -> None:
+    """Measure, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--messages", type=int, default=1_000_000, help="of the memory run")
+    parser.add_argument("--no-page", action="store_true", help="print only")
+    options = parser.parse_args()
+    page = asyncio.run(run(options.rounds, options.messages))
+    if not options.no_page:
+        PAGE.write_text(page)
+        print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

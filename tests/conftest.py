@@ -1,0 +1,146 @@
+"""What all tests share: one private RabbitMQ, a virtual host for each test, a proxy, no leaks.
+
+=============== ======== ==================================================================
+fixture         scope    what it is
+=============== ======== ==================================================================
+``rabbitmq``    session  a private node that all tests share: never stop, kill or pause it
+``url``         test     the URL of an empty virtual host on it, deleted after the test
+``proxy``       test     a :class:`tests.proxy.Proxy` in front of it (async tests only)
+``proxy_url``   test     ``url`` through ``proxy``
+``own_node``    test     a private node for this test alone, to stop, kill and pause
+``queue_name``  test     a name that no other test uses
+=============== ======== ==================================================================
+
+A test that uses one of the first five is marked ``rabbitmq``. The node of a test with other needs
+is ``async with RabbitMQ(...)`` in the test, which then marks itself.
+
+Every async test runs in an event loop of its own; the synchronous fixtures run their coroutines
+in the loop of a background thread, so that they serve synchronous tests too. A test fails when it
+leaves asyncio tasks or threads behind: override ``no_task_leaks`` or ``no_thread_leaks`` in a
+module where that is on purpose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+import threading
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+import pytest
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+
+from aioworkq.testing import RabbitMQ
+from tests.proxy import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+NEED_RABBITMQ = {"rabbitmq", "url", "proxy", "proxy_url", "own_node"}
+
+_LEAK_GRACE = 2.0  # seconds in which what is ending already may end
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that need RabbitMQ, and watch the tasks of the async ones."""
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        if NEED_RABBITMQ.intersection(item.fixturenames):
+            item.add_marker(pytest.mark.rabbitmq)
+        if inspect.iscoroutinefunction(item.function):
+            item.fixturenames.insert(0, "no_task_leaks")  # first in, last out
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """aio-pika knows asyncio only."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def portal() -> Iterator[BlockingPortal]:
+    """An event loop in a background thread, for fixtures that are not async."""
+    with start_blocking_portal() as portal:
+        yield portal
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+    """A node that all tests share."""
+    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+        yield node
+
+
+@pytest.fixture
+def url(rabbitmq: RabbitMQ, portal: BlockingPortal, queue_name: str) -> Iterator[str]:
+    """The URL of an empty virtual host of this test, on the shared node."""
+    yield portal.call(rabbitmq.add_vhost, queue_name)
+    portal.call(rabbitmq.delete_vhost, queue_name)
+
+
+@pytest.fixture
+async def proxy(rabbitmq: RabbitMQ) -> AsyncIterator[Proxy]:
+    """A proxy of this test in front of the shared node."""
+    async with Proxy(rabbitmq.port) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def proxy_url(proxy: Proxy, url: str) -> str:
+    """The URL of the test's virtual host through its proxy."""
+    return proxy.url(url)
+
+
+@pytest.fixture
+def own_node(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+    """A node of this test alone."""
+    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+        yield node
+
+
+@pytest.fixture
+def queue_name(request: pytest.FixtureRequest) -> str:
+    """A name that no other test uses."""
+    test = re.sub(r"\W+", "_", request.node.name)[:60]
+    return f"{test}.{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture
+async def no_task_leaks() -> AsyncIterator[None]:
+    """Fail an async test that leaves tasks in its event loop, after all its fixtures ended."""
+    before = _tasks_of_tests()
+    yield
+    deadline = time.monotonic() + _LEAK_GRACE
+    while (left := _tasks_of_tests() - before) and time.monotonic() < deadline:
+        await asyncio.wait(left, timeout=0.01)
+    if left:
+        pytest.fail(f"the test left tasks behind: {sorted(map(repr, left))}")
+
+
+def _tasks_of_tests() -> set[asyncio.Task[object]]:
+    """Return all tasks but the one in which AnyIO's runner waits for this very fixture."""
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if getattr(task.get_coro(), "__qualname__", "") != "TestRunner._call_in_runner_task"
+    }
+
+
+@pytest.fixture(autouse=True)
+def no_thread_leaks() -> Iterator[None]:
+    """Fail a test that leaves threads behind.
+
+    Daemon threads end with the process, and AnyIO's idle workers with their event loop.
+    """
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + _LEAK_GRACE
+    for thread in set(threading.enumerate()) - before:
+        if not thread.daemon and thread.name != "AnyIO worker thread":
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                pytest.fail(f"the test left a thread behind: {thread}")

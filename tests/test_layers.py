@@ -1,0 +1,127 @@
+"""Imports go strictly downwards, and only one package knows aio-pika."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import aioworkq
+
+PACKAGE = Path(aioworkq.__file__).parent
+
+LAYERS: dict[str, int] = {
+    "errors": 0,
+    "changes": 0,
+    "message": 1,
+    "codec": 1,
+    "retry": 1,
+    "lifecycle": 1,
+    "redelivery": 2,
+    "topology": 2,
+    "outcome": 2,
+    "delay": 3,
+    "broker": 3,
+    "amqp": 4,
+    "handler": 4,
+    "delays": 4,
+    "outbox": 5,
+    "settle": 6,
+    "batch": 6,
+    "producer": 7,
+    "consumer": 7,
+    "worker": 8,
+    "script": 9,
+    "testing": 9,
+    "_node": 9,
+    "_node_parts": 9,
+    "_watchdog": 9,
+}
+"""The layer of each module; imports go from higher numbers to lower ones."""
+
+DOOR = {"aio_pika", "aiormq", "pamqp"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def is_type_checking(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imports(path: Path, *, at_run_time: bool) -> set[str]:
+    """Return the modules that a file imports; those for type checkers only unless asked not to."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and is_type_checking(node) and at_run_time:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def layer_of(module: str) -> int:
+    return LAYERS[module.split(".")[1]]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    """No module imports one of its own layer or of a higher one, run time and typing alike."""
+    relative = path.relative_to(PACKAGE)
+    if str(relative) == "__init__.py":
+        return
+    package = relative.parts[0].removesuffix(".py")
+    own = LAYERS[package]
+    for module in imports(path, at_run_time=True):
+        if not module.startswith("aioworkq.") or module.split(".")[1] == package:
+            continue
+        target = module.split(".")[1]
+        is_same_edge = own == LAYERS[target] == LAYERS["testing"]
+        assert layer_of(module) < own or is_same_edge, f"{relative} imports {module}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_the_door_knows_aio_pika(path: Path) -> None:
+    """aio-pika, aiormq and pamqp are imported in amqp/ and nowhere else."""
+    known = {module.split(".")[0] for module in imports(path, at_run_time=False)} & DOOR
+    assert not known or path.relative_to(PACKAGE).parts[0] == "amqp"
+
+
+def test_every_module_has_a_layer() -> None:
+    """A new module must be given its place."""
+    names = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in modules()}
+    assert names - {"__init__"} == set(LAYERS)
+
+
+def test_the_core_is_pure() -> None:
+    """The layers under broker.py wait for nothing, and ask neither a clock nor chance."""
+    for path in modules():
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name == "__init__" or LAYERS[name] > LAYERS["delay"] or name in {"changes", "broker"}:
+            continue
+        source = ast.parse(path.read_text())
+        assert not [node for node in ast.walk(source) if isinstance(node, ast.AsyncFunctionDef)]
+        assert not imports(path, at_run_time=True) & {"asyncio", "anyio", "time", "random"}
+
+
+def test_all_is_what_is_public() -> None:
+    """`__all__` is sorted, complete and importable."""
+    names = aioworkq.__all__
+    assert len(names) == len(set(names))
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    imported = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(names) == imported
+    for name in names:
+        assert getattr(aioworkq, name).__doc__

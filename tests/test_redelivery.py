@@ -1,0 +1,70 @@
+"""What is remembered of deliveries whose channel was lost."""
+
+from __future__ import annotations
+
+from aioworkq.message import Message
+from aioworkq.redelivery import RedeliveryMemory, is_same_message
+
+ONE = Message(b"one", "q", message_id="1")
+TWO = Message(b"two", "q", message_id="2")
+NAMELESS = Message(b"none", "q")
+
+
+def test_an_ack_is_remembered_with_its_subscription() -> None:
+    """So that a redelivery is acked only when that subscription was lost."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    assert memory.acked_on(ONE) is None
+    memory.acked(ONE, "first")
+    assert memory.acked_on(ONE) == "first"
+    assert memory.acked_on(TWO) is None
+
+
+def test_a_message_that_is_started_again_is_no_duplicate_any_more() -> None:
+    """What runs now must be settled by itself."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    memory.acked(ONE, "first")
+    memory.started(ONE)
+    assert memory.acked_on(ONE) is None
+
+
+def test_excuses_add_up_until_the_message_is_settled() -> None:
+    """The broker's count goes on too."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    memory.excuse(ONE)
+    memory.excuse(ONE)
+    assert memory.excused(ONE) == 2
+    memory.settled(ONE)
+    assert memory.excused(ONE) == 0
+    memory.excuse(TWO)
+    memory.acked(TWO, "first")
+    assert memory.excused(TWO) == 0
+
+
+def test_messages_without_an_id_are_not_remembered() -> None:
+    """Two equal messages may be two pieces of work."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    memory.acked(NAMELESS, "first")
+    memory.excuse(NAMELESS)
+    assert memory.acked_on(NAMELESS) is None
+    assert memory.excused(NAMELESS) == 0
+    assert len(memory) == 0
+
+
+def test_the_memory_is_bounded() -> None:
+    """The oldest are forgotten first."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=3)
+    for number in range(10):
+        memory.acked(Message(b"", "q", message_id=f"a{number}"), "s")
+        memory.excuse(Message(b"", "q", message_id=f"e{number}"))
+    assert len(memory) == 6
+    assert memory.acked_on(Message(b"", "q", message_id="a9")) == "s"
+    assert memory.acked_on(Message(b"", "q", message_id="a6")) is None
+
+
+def test_messages_are_told_apart_by_id_and_else_by_body() -> None:
+    """Ids go before bodies."""
+    assert is_same_message(ONE, Message(b"other", "q", message_id="1"))
+    assert not is_same_message(ONE, Message(b"one", "q", message_id="2"))
+    assert not is_same_message(ONE, Message(b"one", "q"))
+    assert is_same_message(NAMELESS, Message(b"none", "q"))
+    assert not is_same_message(NAMELESS, Message(b"some", "q"))
