@@ -7,6 +7,7 @@ it.
 
 from aioworkq.batch import PublishReport
 from aioworkq.consumer import ConsumerStatistics
+from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
 from aioworkq.errors import (
     AccessRefusedError,
     ConnectionLostError,
@@ -40,6 +41,9 @@ __all__ = [
     "ConsumerState",
     "ConsumerStatistics",
     "DeadLetter",
+    "DeadLetterGroup",
+    "DeadLetters",
+    "DeadMessage",
     "DecodeError",
     "Delivery",
     "Message",

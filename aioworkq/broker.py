@@ -123,6 +123,31 @@ class Subscription(Protocol):
         ...
 
 
+class Getter(Protocol):
+    """Takes messages of one queue one by one, on a channel of its own."""
+
+    async def get(self, *, timeout: float) -> Incoming | None:
+        """Take the next message; None when the queue has none.
+
+        Raises:
+            TopologyError: The queue does not exist, or may not be read.
+            ConnectionLostError: The channel ended, or no answer came in time.
+        """
+        ...
+
+    async def ack(self, tag: int, *, timeout: float) -> None:
+        """Acknowledge one message.
+
+        Raises:
+            ConnectionLostError: The channel ended: the message is back in its queue.
+        """
+        ...
+
+    async def aclose(self, *, timeout: float) -> None:
+        """Close the channel; what was not acknowledged goes back. Bounded, twice harmless."""
+        ...
+
+
 class Connection(Protocol):
     """A connection that comes back by itself."""
 
@@ -184,6 +209,23 @@ class Connection(Protocol):
 
     async def open_publish_channel(self, *, timeout: float) -> PublishChannel:
         """Open a channel in confirm mode.
+
+        Raises:
+            ConnectionLostError: As for `declare`.
+        """
+        ...
+
+    async def count_messages(self, queue: str, *, timeout: float) -> int:
+        """Return how many messages of a queue are ready, unacknowledged ones not among them.
+
+        Raises:
+            TopologyError: The queue does not exist.
+            ConnectionLostError: As for `declare`.
+        """
+        ...
+
+    async def open_getter(self, queue: str, *, timeout: float) -> Getter:
+        """Open a channel to take single messages.
 
         Raises:
             ConnectionLostError: As for `declare`.

@@ -625,7 +625,7 @@ def _check(outcome: object) -> None:
         case Ack() | DeadLetter():
             return
         case Requeue(pause=seconds) | Retry(delay=seconds):
-            if not 0 <= seconds < math.inf:
+            if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):
                 raise ValueError(f"on_error returned {outcome!r}: that is no number of seconds.")
         case _:
             raise TypeError(

@@ -32,6 +32,19 @@ FIRST_FAILURE: Final = "x-aioworkq-first-failure"
 LAST_FAILURE: Final = "x-aioworkq-last-failure"
 """When the last attempt failed (UTC timestamp)."""
 
+OUR_HEADERS: Final = frozenset(
+    {
+        ATTEMPTS,
+        QUEUE,
+        REASON,
+        EXCEPTION_TYPE,
+        EXCEPTION_MESSAGE,
+        TRACEBACK,
+        FIRST_FAILURE,
+        LAST_FAILURE,
+    },
+)
+
 # The broker's own. A copy must not carry them: RabbitMQ before 4.0 believes a client's x-death
 # and drops what looks like a dead-letter cycle, and a delivery count belongs to one stay in a
 # queue, not to the message.

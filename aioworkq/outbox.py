@@ -83,8 +83,8 @@ class Publication:
 
     @property
     def is_in_doubt(self) -> bool:
-        """Whether an earlier sending of it may have been stored."""
-        return self.maybe_stored or self.is_suspect
+        """Whether it was sent, now or before, without an answer."""
+        return self.is_sent or self.maybe_stored or self.is_suspect
 
 
 class _Sent:
@@ -236,8 +236,8 @@ class Outbox:
 
     def _pump(self, channel: PublishChannel) -> None:
         """Send what waits, as far as the window has room."""
-        waiting = self._waiting
-        while waiting and self._sent < self._limit:
+        waiting, limit = self._waiting, self._limit
+        while waiting and self._sent < limit:
             publication = next(iter(waiting))
             if self._sent and self._sent_bytes + publication.size > self._window_bytes:
                 return
@@ -261,8 +261,7 @@ class Outbox:
             self._abandoned -= 1
             self._abandoned_bytes -= publication.size
         else:
-            doubt = publication.is_in_doubt
-            self._finish(publication, self._error_of(publication, confirm, reason, in_doubt=doubt))
+            self._finish(publication, self._error_of(publication, confirm, reason))
         if self._waiting and self._channel is not None:
             self._pump(self._channel)
 
@@ -272,7 +271,7 @@ class Outbox:
         confirm: Confirm,
         reason: str,
         *,
-        in_doubt: bool,
+        is_refusal: bool = False,
     ) -> WorkQueueError | None:
         message = publication.message
         match confirm:
@@ -287,7 +286,8 @@ class Outbox:
                     reason=reason,
                 )
             case Confirm.NACK:
-                if in_doubt:
+                # What is refused now, alone, was refused in the company that made it suspect.
+                if publication.maybe_stored or (publication.is_suspect and not is_refusal):
                     reason = f"{reason}, and an earlier sending was never answered"
                     return self._unknown(message, reason)
                 self.not_confirmed += 1
@@ -321,9 +321,6 @@ class Outbox:
             self._waiting.pop(publication, None)
         if publication.is_suspect:
             self._suspects.discard(publication)
-        self._note_idle()
-
-    def _note_idle(self) -> None:
         if not self._pending and not self._expected:
             self._idle.set()
 
@@ -336,7 +333,8 @@ class Outbox:
             yield
         finally:
             self._expected -= 1
-            self._note_idle()
+            if not self._pending and not self._expected:
+                self._idle.set()
 
     def _arm(self, deadline: float) -> None:
         """Have `_expire` called at the earliest deadline, with one timer for all of them."""
@@ -376,7 +374,7 @@ class Outbox:
     def _overdue(self, publication: Publication, *, blocked: bool) -> WorkQueueError:
         reason = _CLOSED_REASON if self._is_closed else _BLOCKED_REASON if blocked else ""
         connected = self._channel is not None
-        if publication.is_sent or publication.is_in_doubt:
+        if publication.is_in_doubt:
             if not connected:
                 reason = reason or f"the connection was lost ({self._connection.last_error})"
             return self._unknown(publication.message, reason or "the broker is silent")
@@ -447,8 +445,7 @@ class Outbox:
         if refusal is not None and len(left) == 1:
             # The broker closed the channel for what was on it, and there was one message only.
             for culprit in again:
-                doubt = culprit.maybe_stored
-                self._finish(culprit, self._error_of(culprit, refusal, reason, in_doubt=doubt))
+                self._finish(culprit, self._error_of(culprit, refusal, reason, is_refusal=True))
             return
         for publication in reversed(again):
             if refusal is None:

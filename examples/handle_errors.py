@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 from _broker import broker_url
 
-from aioworkq import Delivery, Producer, Queue, Reject, RetryLater, RetryPolicy, Worker
+from aioworkq import (
+    DeadLetters,
+    Delivery,
+    Producer,
+    Queue,
+    Reject,
+    RetryLater,
+    RetryPolicy,
+    Worker,
+)
 
 
 @dataclass
@@ -17,35 +26,34 @@ class Payment:
 
 
 payments = Queue("payments", Payment)
-dead_payments = Queue(payments.dead_letter_queue, bytes)
 
 
 async def main(url: str) -> None:
     worker = Worker(url)
-    lines: asyncio.Queue[str] = asyncio.Queue()
+    started: asyncio.Queue[str] = asyncio.Queue()
 
     @worker.handler(payments, retry=RetryPolicy(attempts=3, first=0.125, jitter=0))
     async def pay(payment: Payment, delivery: Delivery) -> None:
+        started.put_nowait(payment.to)
         if payment.amount < 0:
             raise Reject("a negative amount")
         if payment.to == "Bob" and delivery.attempt == 1:
             raise RetryLater(0.5)
         if payment.to == "Eve":
             raise ConnectionError("the bank does not answer")
-        lines.put_nowait(f"{payment.to} is paid at attempt {delivery.attempt}.")
-
-    @worker.handler(dead_payments)
-    async def inspect(_body: bytes, delivery: Delivery) -> None:
-        lines.put_nowait(f"Dead: {delivery.headers['x-aioworkq-reason']}")
+        print(f"{payment.to} is paid at attempt {delivery.attempt}.")
 
     async with worker, Producer(url) as producer:
-        await producer.publish(payments, Payment("Ada", 10))
-        await producer.publish(payments, Payment("Bob", 20))
-        await producer.publish(payments, Payment("Eve", 30))
-        await producer.publish(payments, Payment("Sam", -1))
+        for to, amount in {"Ada": 10, "Bob": 20, "Eve": 30, "Sam": -1}.items():
+            await producer.publish(payments, Payment(to, amount))
         await producer.publish(payments.name, {"to": "nobody"})  # not a Payment
-        for line in sorted([await lines.get() for _ in range(5)]):
-            print(line)
+        for _ in range(1 + 2 + 3 + 1):
+            await started.get()
+
+    async with DeadLetters(url, payments) as dead:
+        for letter in sorted(await dead.peek(), key=lambda letter: letter.reason):
+            print(f"Dead: {letter.message.body.decode()}: {letter.reason}")
+        await dead.purge()
 
 
 if __name__ == "__main__":

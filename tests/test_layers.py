@@ -32,6 +32,7 @@ LAYERS: dict[str, int] = {
     "producer": 7,
     "consumer": 7,
     "worker": 8,
+    "dead_letters": 8,
     "script": 9,
     "testing": 9,
     "_node": 9,

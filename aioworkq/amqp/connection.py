@@ -22,6 +22,7 @@ from aio_pika import RobustConnection
 from aiormq import exceptions as aiormq_errors
 
 from aioworkq.amqp.declare import ACCESS_REFUSED, NOT_FOUND, declare_on, look_for
+from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
 from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal
@@ -369,6 +370,21 @@ class AmqpConnection:
         what = "opening a channel to publish"
         channel = await self._open_channel(what, confirms=True, frame_buffer=256, timeout=timeout)
         return AmqpPublishChannel(channel, frame_max=self._frame_max)
+
+    async def count_messages(self, queue: str, *, timeout: float) -> int:
+        """Return how many messages of a queue are ready; see the protocol."""
+        what = f"counting the messages of queue {queue!r}"
+        channel = await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
+        try:
+            return await look_for(channel, queue, timeout=timeout)
+        finally:
+            await close_bounded(channel, timeout=timeout)
+
+    async def open_getter(self, queue: str, *, timeout: float) -> AmqpGetter:
+        """Open a channel to take single messages; see the protocol."""
+        what = f"reading queue {queue!r}"
+        channel = await self._open_channel(what, confirms=False, frame_buffer=64, timeout=timeout)
+        return AmqpGetter(channel, queue)
 
     async def subscribe(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiormq import exceptions as aiormq_errors
 
@@ -14,19 +14,23 @@ if TYPE_CHECKING:
 
     from aiormq.abc import AbstractChannel
 
+T = TypeVar("T")
+
 ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
 
 
-async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> None:
-    """Find out whether a queue exists.
+async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> int:
+    """Find out whether a queue exists, and how many messages in it are ready.
 
     Raises:
         TopologyError: It does not (code 404), or may not be looked for; the channel is closed.
         ConnectionLostError: The channel ended, or no answer came in time.
     """
     call = channel.queue_declare(queue, passive=True)
-    await _declared(channel, call, queue, {}, f"looking for queue {queue!r}", timeout=timeout)
+    what = f"looking for queue {queue!r}"
+    answer = await _declared(channel, call, queue, {}, what, timeout=timeout)
+    return answer.message_count or 0
 
 
 async def declare_on(
@@ -64,14 +68,14 @@ async def declare_on(
 
 async def _declared(
     channel: AbstractChannel,
-    call: Coroutine[Any, Any, object],
+    call: Coroutine[Any, Any, T],
     name: str,
     asked: dict[str, Any],
     what: str,
     *,
     timeout: float,
-) -> None:
+) -> T:
     try:
-        await guarded(call, channel, timeout=timeout, what=what)
+        return await guarded(call, channel, timeout=timeout, what=what)
     except aiormq_errors.ChannelClosed as exc:
         raise refusal(exc, name, what=what, asked=asked) from exc

@@ -1,0 +1,334 @@
+"""`DeadLetters`: look at the messages that were given up, publish them again, or drop them.
+
+Everything goes one message at a time, the dead one acknowledged after what was to become of it is
+certain: interrupted, it can be run again, and loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
+
+import anyio
+
+from aioworkq.amqp import AmqpConnection
+from aioworkq.codec import codec_for
+from aioworkq.errors import ConnectionLostError, StateError
+from aioworkq.message import (
+    ATTEMPTS,
+    EXCEPTION_MESSAGE,
+    EXCEPTION_TYPE,
+    FIRST_FAILURE,
+    LAST_FAILURE,
+    OUR_HEADERS,
+    QUEUE,
+    REASON,
+    TRACEBACK,
+)
+from aioworkq.outbox import Outbox
+from aioworkq.topology import Queue, as_queue, declarations
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+
+    from aioworkq.broker import Getter, Incoming
+    from aioworkq.message import Message
+
+T = TypeVar("T")
+
+_CLOSE_TIMEOUT: Final = 5.0
+_RETURN_TIMEOUT: Final = 2.0
+_RETURN_POLL: Final = 0.02
+_MAX_MESSAGE_SIZE: Final = 2**31
+
+
+class DeadLetterGroup(NamedTuple):
+    """What `DeadLetters.counts` groups by: the reason, and the exception's type if any."""
+
+    reason: str
+    exception_type: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeadMessage(Generic[T]):
+    """A message in a dead-letter queue.
+
+    Attributes:
+        message: The message with all its properties.
+        queue: The queue it came from.
+        reason: Why it was given up.
+        attempts: How often its handler was started.
+        first_failure: When an attempt failed for the first time, if that is known.
+        last_failure: When the last attempt failed, if that is known.
+        exception_type: The last exception's qualified class name, if there was one.
+        exception_message: The last exception's text.
+        traceback: The end of the last exception's traceback.
+    """
+
+    message: Message
+    queue: str
+    reason: str
+    attempts: int
+    first_failure: datetime | None
+    last_failure: datetime | None
+    exception_type: str | None
+    exception_message: str | None
+    traceback: str | None
+    body_type: Any = Any
+
+    def body(self) -> T:
+        """Decode the body.
+
+        Raises:
+            DecodeError: It is not what the queue's body type says; that may be why it is here.
+        """
+        body: T = codec_for(self.body_type).decode(self.message.body, self.message.content_type)
+        return body
+
+
+class DeadLetters(Generic[T]):
+    """The dead-letter queue of one queue.
+
+    Use it as ``async with DeadLetters(url, queue) as dead:``.
+
+    Args:
+        url: As for `aioworkq.Producer`.
+        queue: The queue whose dead letters these are.
+        timeout: Seconds for each step: connecting, taking a message, publishing a copy.
+        ssl_context: For ``amqps://``.
+
+    Raises:
+        ValueError: The URL or the timeout cannot be right.
+    """
+
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        queue: Queue[T] | str,
+        *,
+        timeout: float = 30.0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"timeout is {timeout}: it must be more than 0 seconds.")
+        self._queue: Queue[T] = as_queue(queue)
+        self._timeout = timeout
+
+        def connection(purpose: str) -> AmqpConnection:
+            return AmqpConnection(
+                url,
+                name=f"aioworkq dead letters ({purpose})",
+                heartbeat=10,
+                connect_timeout=10.0,
+                ssl_context=ssl_context,
+                max_message_size=_MAX_MESSAGE_SIZE,
+            )
+
+        self._connection = connection("reading")
+        self._outbox = Outbox(connection("copies"), window=100, window_bytes=16 * 1024 * 1024)
+        self._is_open = False
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self._connection.start()
+            async with asyncio.timeout(self._timeout):
+                await self._connection.wait_connected()
+            await self._connection.declare(declarations(self._queue), timeout=self._timeout)
+        except BaseException as exc:
+            await self._close()
+            if isinstance(exc, TimeoutError):
+                reason = self._connection.last_error or "no answer in time"
+                raise ConnectionLostError("connecting to RabbitMQ", reason=reason) from None
+            raise
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._close()
+
+    async def _close(self) -> None:
+        self._is_open = False
+        await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
+        await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
+
+    async def peek(self, limit: int = 100) -> list[DeadMessage[T]]:
+        """Return the oldest dead letters; they stay where they are.
+
+        Args:
+            limit: How many at most; they are held in memory.
+
+        Raises:
+            ConnectionLostError: The connection went away, or RabbitMQ did not answer in time.
+            TopologyError: The dead-letter queue does not exist.
+        """
+        if limit < 1:
+            raise ValueError(f"limit is {limit}: it must be at least 1.")
+        found: list[DeadMessage[T]] = []
+
+        async def keep(dead: DeadMessage[T]) -> bool:
+            found.append(dead)
+            return False
+
+        await self._scan(keep, limit=limit)
+        return found
+
+    async def counts(self, limit: int | None = None) -> Counter[DeadLetterGroup]:
+        """Count dead letters by reason and exception type.
+
+        Args:
+            limit: How many of the oldest to look at; None for all.
+        """
+        groups: Counter[DeadLetterGroup] = Counter()
+
+        async def count(dead: DeadMessage[T]) -> bool:
+            groups[DeadLetterGroup(dead.reason, dead.exception_type)] += 1
+            return False
+
+        await self._scan(count, limit=limit)
+        return groups
+
+    async def replay(
+        self,
+        where: Callable[[DeadMessage[T]], bool] | None = None,
+        *,
+        rate: float | None = None,
+    ) -> int:
+        """Publish dead letters to their queue again, with their attempts reset.
+
+        A copy is confirmed before the dead letter is acknowledged. Those that die again meanwhile
+        are not replayed a second time.
+
+        Args:
+            where: Which ones; None for all.
+            rate: How many a second at most; None for no bound.
+
+        Returns:
+            How many were published.
+
+        Raises:
+            ConnectionLostError: The connection went away. What was not published is still there.
+            PublishError: A copy was not confirmed. Its dead letter is still there.
+        """
+        if rate is not None and not rate > 0:
+            raise ValueError(f"rate is {rate}: it must be more than 0 a second.")
+        replayed = 0
+        began = anyio.current_time()
+
+        async def publish(dead: DeadMessage[T]) -> bool:
+            nonlocal replayed
+            if where is not None and not where(dead):
+                return False
+            if rate is not None:
+                await anyio.sleep_until(began + replayed / rate)
+            headers = {
+                name: value
+                for name, value in dead.message.headers.items()
+                if name not in OUR_HEADERS
+            }
+            copy = dead.message.copy_to(self._queue.name, headers)
+            deadline = anyio.current_time() + self._timeout
+            wire = self._outbox.connection.prepare(copy)
+            await self._outbox.publish(copy, wire, deadline=deadline)
+            replayed += 1
+            return True
+
+        await self._scan(publish)
+        return replayed
+
+    async def purge(self, where: Callable[[DeadMessage[T]], bool] | None = None) -> int:
+        """Drop dead letters for good.
+
+        Args:
+            where: Which ones; None for all.
+
+        Returns:
+            How many were dropped.
+        """
+        dropped = 0
+
+        async def drop(dead: DeadMessage[T]) -> bool:
+            nonlocal dropped
+            chosen = where is None or where(dead)
+            dropped += chosen
+            return chosen
+
+        await self._scan(drop)
+        return dropped
+
+    async def _scan(
+        self,
+        decide: Callable[[DeadMessage[T]], Any],
+        *,
+        limit: int | None = None,
+    ) -> None:
+        """Take the dead letters that are there now; ack those that ``decide`` is done with.
+
+        The others stay unacknowledged until the end, and go back when the channel is closed.
+        """
+        if not self._is_open:
+            raise StateError(
+                "dead letters cannot be read",
+                reason="there is no connection",
+                advice="Use it inside `async with DeadLetters(...) as dead:`.",
+            )
+        name = self._queue.dead_letter_queue
+        ready = await self._connection.count_messages(name, timeout=self._timeout)
+        left = ready if limit is None else min(ready, limit)
+        getter: Getter = await self._connection.open_getter(name, timeout=self._timeout)
+        try:
+            while left > 0:
+                incoming = await getter.get(timeout=self._timeout)
+                if incoming is None:
+                    return
+                left -= 1
+                if await decide(self._dead(incoming)):
+                    await getter.ack(incoming.tag, timeout=self._timeout)
+                    ready -= 1
+        finally:
+            await getter.aclose(timeout=_CLOSE_TIMEOUT)
+            await self._wait_returned(name, ready)
+
+    async def _wait_returned(self, name: str, ready: int) -> None:
+        """Wait until what was looked at is back: a quorum queue takes it back a moment later.
+
+        Bounded, because others may take messages meanwhile.
+        """
+        with anyio.move_on_after(_RETURN_TIMEOUT), contextlib.suppress(ConnectionLostError):
+            while await self._connection.count_messages(name, timeout=self._timeout) < ready:
+                await anyio.sleep(_RETURN_POLL)
+
+    def _dead(self, incoming: Incoming) -> DeadMessage[T]:
+        message = incoming.message
+        headers = message.headers
+        attempts = headers.get(ATTEMPTS)
+        return DeadMessage(
+            message=message,
+            queue=str(headers.get(QUEUE, self._queue.name)),
+            reason=str(headers.get(REASON) or headers.get("x-first-death-reason") or "unknown"),
+            attempts=attempts if isinstance(attempts, int) else 0,
+            first_failure=_time(headers.get(FIRST_FAILURE)),
+            last_failure=_time(headers.get(LAST_FAILURE)),
+            exception_type=_text(headers.get(EXCEPTION_TYPE)),
+            exception_message=_text(headers.get(EXCEPTION_MESSAGE)),
+            traceback=_text(headers.get(TRACEBACK)),
+            body_type=self._queue.body_type,
+        )
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _time(value: object) -> datetime | None:
+    return value if isinstance(value, datetime) else None

@@ -1,0 +1,200 @@
+"""Dead letters: looked at, replayed, purged, counted, on a real RabbitMQ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import anyio
+import pytest
+
+from aioworkq import (
+    ConnectionLostError,
+    DeadLetterGroup,
+    DeadLetters,
+    DeadMessage,
+    DecodeError,
+    Delivery,
+    Message,
+    Producer,
+    Queue,
+    Reject,
+    StateError,
+    Worker,
+)
+from aioworkq.message import ATTEMPTS, OUR_HEADERS
+
+pytestmark = pytest.mark.anyio
+
+
+@dataclass
+class Job:
+    number: int
+
+
+async def die(url: str, queue: Queue[Any], bodies: list[Any]) -> None:
+    """Have every message dead-lettered: odd numbers by an error, even ones by a Reject."""
+    worker = Worker(url)
+
+    @worker.handler(queue, attempts=1)
+    async def handle(job: Job) -> None:
+        if job.number % 2:
+            raise ValueError(f"odd: {job.number}")
+        raise Reject("even")
+
+    async with Producer(url) as producer:
+        sent = Queue(queue.name, type=queue.type)
+        (await producer.publish_many(sent, bodies, headers={"mine": "kept"})).raise_for_errors()
+    async with worker:
+        with anyio.fail_after(30):
+            while worker.statistics().dead_lettered < len(bodies):
+                await anyio.sleep(0.01)
+
+
+def jobs(count: int) -> list[Any]:
+    return [{"number": number} for number in range(count)]
+
+
+async def test_a_look_leaves_everything_where_it_is(url: str, queue_name: str) -> None:
+    """Peeked twice, the same messages in the same order, bounded by the limit."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(6))
+    async with DeadLetters(url, queue) as dead:
+        first = await dead.peek()
+        assert sorted(one.body().number for one in first) == list(range(6))
+        assert len(await dead.peek(limit=2)) == 2
+        again = await dead.peek()
+    assert sorted(one.message.message_id for one in again) == sorted(
+        one.message.message_id for one in first
+    )
+
+
+async def test_a_dead_letter_tells_its_story(url: str, queue_name: str) -> None:
+    """Queue, reason, attempts, times, exception, and the message's own headers."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, [{"number": 1}])
+    async with DeadLetters(url, queue) as dead:
+        (one,) = await dead.peek()
+    assert one.queue == queue_name
+    assert one.reason == "gave up after 1 attempts"
+    assert one.attempts == 1
+    assert one.exception_type == "ValueError"
+    assert one.exception_message == "odd: 1"
+    assert "odd: 1" in (one.traceback or "")
+    assert one.first_failure is not None
+    assert one.first_failure == one.last_failure
+    assert one.message.headers["mine"] == "kept"
+    assert one.body() == Job(1)
+
+
+async def test_an_undecodable_body_is_shown_as_it_is(url: str, queue_name: str) -> None:
+    """That may be why it is here."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, [b"{"])
+    async with DeadLetters(url, queue) as dead:
+        (one,) = await dead.peek()
+    assert one.message.body == b"{"
+    with pytest.raises(DecodeError):
+        one.body()
+
+
+async def test_counts_are_grouped_by_reason_and_exception(url: str, queue_name: str) -> None:
+    """So that one cause among thousands of letters is seen."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(5))
+    async with DeadLetters(url, queue) as dead:
+        assert await dead.counts() == {
+            DeadLetterGroup("even", None): 3,
+            DeadLetterGroup("gave up after 1 attempts", "ValueError"): 2,
+        }
+        assert sum((await dead.counts(limit=2)).values()) == 2
+
+
+async def test_replayed_messages_are_as_new(url: str, queue_name: str) -> None:
+    """Only those chosen, with their attempts reset and our headers gone."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(4))
+    async with DeadLetters(url, queue) as dead:
+
+        def is_odd(one: DeadMessage[Job]) -> bool:
+            return one.body().number % 2 == 1
+
+        assert await dead.replay(is_odd, rate=1000) == 2
+        assert sorted(one.body().number for one in await dead.peek()) == [0, 2]
+    seen: list[tuple[int, int, Message]] = []
+    worker = Worker(url)
+
+    @worker.handler(queue)
+    async def handle(job: Job, delivery: Delivery) -> None:
+        seen.append((job.number, delivery.attempt, delivery.message))
+
+    async with worker:
+        with anyio.fail_after(30):
+            while len(seen) < 2:
+                await anyio.sleep(0.01)
+    assert sorted((number, attempt) for number, attempt, _ in seen) == [(1, 1), (3, 1)]
+    assert all(not OUR_HEADERS & set(message.headers) for _, _, message in seen)
+    assert all(message.headers["mine"] == "kept" for _, _, message in seen)
+
+
+async def test_a_replay_that_is_interrupted_can_be_run_again(url: str, queue_name: str) -> None:
+    """What was replayed is gone from the dead letters, the rest is still there."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(6))
+    chosen: list[int] = []
+
+    def until_the_third(one: DeadMessage[Job]) -> bool:
+        if len(chosen) == 3:
+            raise RuntimeError("interrupted")
+        chosen.append(one.body().number)
+        return True
+
+    async with DeadLetters(url, queue) as dead:
+        with pytest.raises(RuntimeError, match="interrupted"):
+            await dead.replay(until_the_third)
+        left = {one.body().number for one in await dead.peek()}
+        assert left == set(range(6)) - set(chosen)
+        assert await dead.replay() == 3
+        assert await dead.peek() == []
+
+
+async def test_a_purge_drops_what_is_chosen(url: str, queue_name: str) -> None:
+    """And nothing else."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(5))
+    async with DeadLetters(url, queue) as dead:
+        assert await dead.purge(lambda one: one.reason == "even") == 3
+        assert [one.body().number for one in await dead.peek()] == [1, 3]
+        assert await dead.purge() == 2
+        assert await dead.peek() == []
+
+
+async def test_an_expired_message_is_a_dead_letter_too(url: str, queue_name: str) -> None:
+    """RabbitMQ itself moves it there, and says why."""
+    queue = Queue(queue_name, Job)
+    async with Producer(url) as producer:
+        await producer.publish(queue, Job(1), expiration=0.01)
+    async with DeadLetters(url, queue) as dead:
+        with anyio.fail_after(30):
+            while not (found := await dead.peek()):
+                await anyio.sleep(0.05)
+    assert found[0].reason == "expired"
+    assert ATTEMPTS not in found[0].message.headers
+    assert found[0].attempts == 0
+
+
+async def test_misuse_is_told(url: str, queue_name: str) -> None:
+    """Numbers out of range, no connection, no broker."""
+    with pytest.raises(ValueError, match="timeout is 0"):
+        DeadLetters(url, "q", timeout=0)
+    with pytest.raises(StateError, match="there is no connection"):
+        await DeadLetters(url, "q").peek()
+    with pytest.raises(ConnectionLostError, match="connecting to RabbitMQ"):
+        dead: DeadLetters[Any]
+        async with DeadLetters("amqp://127.0.0.1:1/", "q", timeout=0.5) as dead:
+            await dead.peek()
+    async with DeadLetters(url, queue_name) as dead:
+        with pytest.raises(ValueError, match="limit is 0"):
+            await dead.peek(limit=0)
+        with pytest.raises(ValueError, match="rate is 0"):
+            await dead.replay(rate=0)
