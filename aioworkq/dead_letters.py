@@ -305,8 +305,11 @@ class DeadLetters(Generic[T]):
         Bounded, because others may take messages meanwhile.
         """
         with anyio.move_on_after(_RETURN_TIMEOUT), contextlib.suppress(ConnectionLostError):
-            while await self._connection.count_messages(name, timeout=self._timeout) < ready:
+            while not await self._has_ready(name, ready):  # noqa: ASYNC110 - a broker's fact
                 await anyio.sleep(_RETURN_POLL)
+
+    async def _has_ready(self, name: str, number: int) -> bool:
+        return await self._connection.count_messages(name, timeout=self._timeout) >= number
 
     def _dead(self, incoming: Incoming) -> DeadMessage[T]:
         message = incoming.message

@@ -219,10 +219,11 @@ class Outbox:
             return publication
         self._pending[publication] = None
         self._idle.clear()
-        self._waiting[publication] = None
         self._arm(deadline)
-        if self._channel is not None:
-            self._pump(self._channel)
+        if self._channel is None or self._waiting or not self._has_room(publication):
+            self._waiting[publication] = None
+        else:
+            self._send(self._channel, publication)
         if self._blocked_timer is None:
             loop = asyncio.get_running_loop()
             self._blocked_timer = loop.call_later(_BLOCKED_POLL, self._watch_blocked)
@@ -236,21 +237,26 @@ class Outbox:
 
     def _pump(self, channel: PublishChannel) -> None:
         """Send what waits, as far as the window has room."""
-        waiting, limit = self._waiting, self._limit
-        while waiting and self._sent < limit:
+        waiting = self._waiting
+        while waiting:
             publication = next(iter(waiting))
-            if self._sent and self._sent_bytes + publication.size > self._window_bytes:
+            if not self._has_room(publication):
                 return
             del waiting[publication]
-            publication.is_sent = True
-            self._sent += 1
-            self._sent_bytes += publication.size
-            channel.send(_Sent(self, publication))
+            self._send(channel, publication)
 
-    @property
-    def _limit(self) -> int:
-        """How many messages may be on the channel now."""
-        return 1 if self._suspects else self._window
+    def _has_room(self, publication: Publication) -> bool:
+        if not self._sent:
+            return True
+        if self._suspects or self._sent >= self._window:
+            return False
+        return self._sent_bytes + publication.size <= self._window_bytes
+
+    def _send(self, channel: PublishChannel, publication: Publication) -> None:
+        publication.is_sent = True
+        self._sent += 1
+        self._sent_bytes += publication.size
+        channel.send(_Sent(self, publication))
 
     def on_confirm(self, publication: Publication, confirm: Confirm, reason: str) -> None:
         """Take the broker's answer to one sending."""
@@ -317,7 +323,7 @@ class Outbox:
         if publication.is_sent:
             self._abandoned += 1
             self._abandoned_bytes += publication.size
-        else:
+        elif self._waiting:
             self._waiting.pop(publication, None)
         if publication.is_suspect:
             self._suspects.discard(publication)
@@ -365,10 +371,12 @@ class Outbox:
 
         A queue that never confirms (its leader is gone) must not take the window from the others.
         """
-        stuck, stuck_bytes = 2 * self._abandoned, 2 * self._abandoned_bytes
-        if stuck < self._limit and stuck_bytes < self._window_bytes:
-            return
-        if self._renewal is not None:
+        is_stuck = (
+            self._suspects
+            or 2 * self._abandoned >= self._window
+            or 2 * self._abandoned_bytes >= self._window_bytes
+        )
+        if is_stuck and self._renewal is not None:
             self._renewal.cancel()
 
     def _overdue(self, publication: Publication, *, blocked: bool) -> WorkQueueError:

@@ -332,7 +332,8 @@ class Producer:
         ):
             async for body in every:
                 await batch.wait_room()
-                self._running()
+                if self._is_closed:
+                    self._running()
                 try:
                     message = self._message(
                         queue,

@@ -49,10 +49,7 @@ _STUCK_AFTER: Final = 5.0
 _DEFAULT_ATTEMPTS: Final = 20
 
 
-T_handled = TypeVar("T_handled", contravariant=True)
-
-
-class Register(Protocol[T_handled]):
+class Register(Protocol[T]):
     """The decorator that `Worker.handler` returns: takes a handler, and gives it back unchanged.
 
     For type checkers, the body is the handler's first parameter.
@@ -60,9 +57,9 @@ class Register(Protocol[T_handled]):
 
     def __call__(
         self,
-        function: Callable[Concatenate[T_handled, P], R],
+        function: Callable[Concatenate[T, P], R],
         /,
-    ) -> Callable[Concatenate[T_handled, P], R]:
+    ) -> Callable[Concatenate[T, P], R]:
         """Register the handler."""
         ...
 

@@ -1,40 +1,48 @@
 """Look at messages that were given up, and publish them again once the mistake is corrected."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from _broker import broker_url
 
-from aioworkq import DeadLetters, Producer, Queue, Worker
+from aioworkq import DeadLetters, DeadMessage, Producer, Queue, Worker
 
-fractions = Queue("fractions", dict[str, int])
+names = Queue("dead_letters", str)
 
 
-async def work_through(url: str, *, default: int) -> None:
+async def not_yet(_name: str) -> None:
+    raise NotImplementedError("greeting is not written yet")
+
+
+async def greet(name: str) -> None:
+    print(f"Hello {name}!")
+
+
+async def handle_one(url: str, function: Callable[[str], Awaitable[None]]) -> None:
     worker = Worker(url)
-    started: asyncio.Queue[int] = asyncio.Queue()
+    started = asyncio.Event()
 
-    @worker.handler(fractions, on_error="dead-letter")
-    async def divide(fraction: dict[str, int]) -> None:
-        started.put_nowait(0)
-        print(f"1 / {fraction['of']} = {1 / (fraction['of'] or default)}")
+    @worker.handler(names, on_error="dead-letter")
+    async def handle(name: str) -> None:
+        started.set()
+        await function(name)
 
     async with worker:
-        for _ in range(2):
-            await started.get()
+        await started.wait()
 
 
 async def main(url: str) -> None:
     async with Producer(url) as producer:
-        await producer.publish_many(fractions, [{"of": 0}, {"of": 0}])
-    await work_through(url, default=0)
+        await producer.publish(names, "Ada")
+    await handle_one(url, not_yet)
 
-    async with DeadLetters(url, fractions) as dead:
-        for group, number in (await dead.counts()).items():
-            print(f"{number} messages: {group.reason}")
-        letter = (await dead.peek(1))[0]
-        print(f"{letter.exception_type}: {letter.exception_message}, attempts: {letter.attempts}")
-        print(f"Replayed: {await dead.replay()}")
-    await work_through(url, default=1)
+    def is_for_lack_of_code(letter: DeadMessage[str]) -> bool:
+        print(f"{letter.body()} was given up after {letter.attempts} attempt: {letter.reason}")
+        return letter.exception_type == "NotImplementedError"
+
+    async with DeadLetters(url, names) as dead:
+        print(f"Replayed: {await dead.replay(is_for_lack_of_code)}")
+    await handle_one(url, greet)
 
 
 if __name__ == "__main__":

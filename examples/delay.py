@@ -20,7 +20,7 @@ async def main(url: str) -> None:
 
     async with worker, Producer(url) as producer:
         await producer.publish(
-            reminders, "the last one", at=datetime.now(UTC) + timedelta(seconds=3)
+            reminders, "the last one", at=datetime.now(UTC) + timedelta(seconds=2)
         )
         await producer.publish(reminders, "the second one", delay=1)
         await producer.publish(reminders, "the first one")

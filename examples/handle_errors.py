@@ -7,6 +7,7 @@ from _broker import broker_url
 
 from aioworkq import (
     DeadLetters,
+    DeadMessage,
     Delivery,
     Producer,
     Queue,
@@ -50,10 +51,15 @@ async def main(url: str) -> None:
         for _ in range(1 + 2 + 3 + 1):
             await started.get()
 
+    lines: list[str] = []
+
+    def read(letter: DeadMessage[Payment]) -> bool:
+        lines.append(f"Dead: {letter.message.body.decode()}: {letter.reason}")
+        return True
+
     async with DeadLetters(url, payments) as dead:
-        for letter in sorted(await dead.peek(), key=lambda letter: letter.reason):
-            print(f"Dead: {letter.message.body.decode()}: {letter.reason}")
-        await dead.purge()
+        print(f"{await dead.purge(read)} messages were given up.")
+    print(*sorted(lines), sep="\n")
 
 
 if __name__ == "__main__":

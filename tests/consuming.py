@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Self
 
 import aiormq
+import pika
 from pamqp.commands import Basic
 
 if TYPE_CHECKING:
@@ -135,3 +136,17 @@ async def channels(node: RabbitMQ, vhost: str) -> list[dict[str, int]]:
     )
     rows = [row.split(",") for row in printed.strip("[] \n").split("],[") if row]
     return [dict(zip(keys, map(int, row), strict=True)) for row in rows]
+
+
+async def publish_with_pika(url: str, queue: str, *bodies: bytes, **properties: Any) -> None:
+    """Publish as pika does: no message id, no content type, nothing but the body."""
+
+    def publish() -> None:
+        connection = pika.BlockingConnection(pika.URLParameters(url))
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for body in bodies:
+            channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
+        connection.close()
+
+    await asyncio.to_thread(publish)

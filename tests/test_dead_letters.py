@@ -189,11 +189,10 @@ async def test_misuse_is_told(url: str, queue_name: str) -> None:
         DeadLetters(url, "q", timeout=0)
     with pytest.raises(StateError, match="there is no connection"):
         await DeadLetters(url, "q").peek()
+    nobody: DeadLetters[Any] = DeadLetters("amqp://127.0.0.1:1/", "q", timeout=0.5)
     with pytest.raises(ConnectionLostError, match="connecting to RabbitMQ"):
-        dead: DeadLetters[Any]
-        async with DeadLetters("amqp://127.0.0.1:1/", "q", timeout=0.5) as dead:
-            await dead.peek()
-    async with DeadLetters(url, queue_name) as dead:
+        await nobody.__aenter__()
+    async with DeadLetters(url, Queue(queue_name, Job)) as dead:
         with pytest.raises(ValueError, match="limit is 0"):
             await dead.peek(limit=0)
         with pytest.raises(ValueError, match="rate is 0"):

@@ -74,8 +74,8 @@ SENTENCES: list[tuple[Exception, str]] = [
     ),
     (
         OutcomeUnknownError("m1", queue="q", reason="the broker is silent"),
-        "no confirm for message m1 to queue 'q' in time: the broker is silent. It may or may not be "
-        "stored; publishing it again with the same message_id may duplicate it.",
+        "no confirm for message m1 to queue 'q' in time: the broker is silent. It may or may not "
+        "be stored; publishing it again with the same message_id may duplicate it.",
     ),
     (
         DecodeError("Email", reason="Expected `int`"),
