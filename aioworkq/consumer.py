@@ -57,7 +57,6 @@ _BACKOFF_MAX: Final = 5.0
 _GOOD_AFTER: Final = 5.0
 _MEMORY: Final = 1000
 _STEP_TIMEOUT: Final = 5.0
-_STEPS_OF_CANCELLATION: Final = 3
 _ENDS: Final = frozenset({ConsumerState.DRAINING, ConsumerState.STOPPED, ConsumerState.FAILED})
 _PASSING: Final = frozenset({404, 405})
 """Refusals that may pass, once a queue was consumed from: it is gone, or held by another."""
@@ -170,6 +169,9 @@ class Consumer:
         )
         self._idle = asyncio.Event()
         self._idle.set()
+        self._has_cancelled = asyncio.Event()
+        self._is_answered = asyncio.Event()
+        self._is_answered.set()
         self._duplicates = 0
         self._losses = 0
         self._last_error = ""
@@ -242,12 +244,14 @@ class Consumer:
         """Declare the queue and subscribe; None when that failed and may succeed later."""
         try:
             await self._connection.declare(declarations(self.queue), timeout=self._timeout)
+            self._is_answered.clear()
             subscription = await self._connection.subscribe(
                 self.queue.name,
                 prefetch_count=self.handler.options.prefetch_count,
                 on_delivery=self._on_delivery,
                 timeout=self._timeout,
             )
+            self._subscription = subscription
         except AccessRefusedError:
             raise
         except ConnectionLostError as exc:
@@ -259,8 +263,8 @@ class Consumer:
             self._lose(str(exc))
             return None
         finally:
+            self._is_answered.set()
             self._forget_lost()  # deliveries may come before the subscription is made
-        self._subscription = subscription
         self._was_subscribed = True
         if subscription.is_lost:
             return subscription
@@ -456,7 +460,7 @@ class Consumer:
             except (KeyboardInterrupt, GeneratorExit):
                 raise
             except BaseException as exc:
-                if isinstance(exc, asyncio.CancelledError) and await _is_cancelled(scope):
+                if isinstance(exc, asyncio.CancelledError) and _is_cancelled(scope):
                     raise
                 return self._failure(run, _as_error(exc))
             run.succeeded = True
@@ -504,9 +508,12 @@ class Consumer:
         return outcome
 
     async def _pause(self, seconds: float) -> None:
-        """Keep a failed message for a moment, but never longer than the worker runs."""
+        """Keep a failed message for a moment, but not while the worker ends.
+
+        It goes back once this consumer is cancelled: before, it would be handed over here again.
+        """
         with anyio.move_on_after(seconds):
-            await self._stopping.wait()
+            await self._has_cancelled.wait()
 
     async def _settle(self, run: _Run, outcome: Outcome) -> None:
         message, counts = run.delivery.message, self._settler.counts
@@ -560,10 +567,16 @@ class Consumer:
     async def stop_consuming(self) -> None:
         """Take no more deliveries. Bounded, twice harmless."""
         self._change(ConsumerState.DRAINING)
-        if self._subscription is not None:
-            await self._subscription.cancel(timeout=_STEP_TIMEOUT)
-        elif self._loop_scope is not None:
-            self._loop_scope.cancel()
+        try:
+            # RabbitMQ may have subscribed us already: what it hands over can still go back.
+            with anyio.move_on_after(_STEP_TIMEOUT):
+                await self._is_answered.wait()
+            if self._subscription is not None:
+                await self._subscription.cancel(timeout=_STEP_TIMEOUT)
+            elif self._loop_scope is not None:
+                self._loop_scope.cancel()
+        finally:
+            self._has_cancelled.set()
 
     async def give_back_unstarted(self) -> None:
         """Give back what was delivered and never started; that is no attempt. Bounded."""
@@ -586,19 +599,9 @@ class Consumer:
             self._change(ConsumerState.STOPPED)
 
 
-async def _is_cancelled(scope: anyio.CancelScope) -> bool:
+def _is_cancelled(scope: anyio.CancelScope) -> bool:
     """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
-    if scope.cancel_called or anyio.current_effective_deadline() == -math.inf:
-        return True
-    # Somebody else did, or nobody. If it was asyncio.run(), which cancels all tasks as it ends,
-    # the worker hears of it in the same step of the event loop, and ends too.
-    task = asyncio.current_task()
-    while task is not None and task.uncancel():
-        pass
-    with anyio.CancelScope(shield=True):
-        for _ in range(_STEPS_OF_CANCELLATION):
-            await asyncio.sleep(0)
-    return anyio.current_effective_deadline() == -math.inf
+    return scope.cancel_called or anyio.current_effective_deadline() == -math.inf
 
 
 def _as_error(exc: BaseException) -> RuntimeError:

@@ -28,7 +28,7 @@ from aioworkq.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator
 
     from aioworkq.broker import Connection, PublishChannel
     from aioworkq.message import Message
@@ -331,7 +331,7 @@ class Outbox:
             self._idle.set()
 
     @contextlib.contextmanager
-    def expecting(self) -> Iterator[None]:
+    def expecting(self) -> Generator[None]:
         """Let `flush` wait for a publication that is about to be submitted."""
         self._expected += 1
         self._idle.clear()

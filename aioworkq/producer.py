@@ -324,8 +324,9 @@ class Producer:
         queue = as_queue(queue)
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
         seconds = _checked_delay(delay, at, expiration)
-        with outbox.expecting():
-            await self.make_way(queue, asyncio.get_running_loop().time() + wait)
+        if self._must_declare(queue):
+            with outbox.expecting():
+                await self.make_way(queue, asyncio.get_running_loop().time() + wait)
         async with (
             Batch(self, outbox, queue, delay=seconds, timeout=wait) as batch,
             contextlib.aclosing(each(bodies)) as every,

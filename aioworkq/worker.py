@@ -406,7 +406,7 @@ class Worker:
             await consumer.wait_idle()
 
     async def _close_consumers(self) -> None:
-        """Close all consumers at a time, and their connection. Bounded."""
+        """Close all consumers at a time, then their connection. Bounded, twice harmless."""
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as tasks:
                 for consumer in self._consumers:
@@ -414,12 +414,12 @@ class Worker:
             await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
 
     async def _close(self) -> None:
-        """Close both connections, whatever happened. Bounded."""
+        """Close everything, whatever happened. Bounded."""
         self._stopping.set()
         with anyio.CancelScope(shield=True):
+            await self._close_consumers()
             await self._outbox.flush(timeout=_CLOSE_TIMEOUT)
             await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
-            await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
         self._has_ended = True
         self._changes.notify()
 

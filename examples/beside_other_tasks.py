@@ -7,7 +7,7 @@ from _broker import broker_url
 
 from aioworkq import Producer, Queue, Worker
 
-jobs = Queue("beside_other_tasks", str)
+reports = Queue("beside_other_tasks", str)
 
 
 async def main(url: str) -> None:
@@ -15,7 +15,7 @@ async def main(url: str) -> None:
     ticks = 0
     handled = anyio.Event()
 
-    @worker.handler(jobs)
+    @worker.handler(reports)
     async def work(text: str) -> None:
         before = ticks
         await anyio.sleep(0.5)
@@ -33,7 +33,7 @@ async def main(url: str) -> None:
         await tasks.start(worker.run)  # goes on once the worker consumes
         print(f"The worker is ready: {worker.is_ready}")
         async with Producer(url) as producer:
-            await producer.publish(jobs, "a report")
+            await producer.publish(reports, "a report")
         await handled.wait()
         worker.stop()  # returns at once; `worker.run` ends when all is done
     print("The worker and the clock have ended.")

@@ -9,7 +9,7 @@ import logging
 from aioworkq import Producer, Queue, Worker
 from aioworkq.testing import RabbitMQ
 
-jobs = Queue("broker_restart", int)
+numbers = Queue("broker_restart", int)
 
 
 async def main() -> None:
@@ -17,12 +17,12 @@ async def main() -> None:
 
     async with RabbitMQ() as node, Producer(node.url) as producer:
         for number in (0, 1, 2):
-            await producer.publish(jobs, number)
+            await producer.publish(numbers, number)
         print("3 messages are confirmed.")
 
         await node.stop()
         print("RabbitMQ is down.")
-        waiting = asyncio.create_task(producer.publish(jobs, 3))  # it waits for the connection
+        waiting = asyncio.create_task(producer.publish(numbers, 3))  # it waits for the connection
 
         await node.start()
         print("RabbitMQ is up.")
@@ -31,7 +31,7 @@ async def main() -> None:
 
         worker = Worker(node.url)
 
-        @worker.handler(jobs)
+        @worker.handler(numbers)
         async def work(number: int) -> None:
             handled.put_nowait(number)
 

@@ -29,27 +29,27 @@ ROW = 60
 
 
 @dataclass
-class Job:
-    """One piece of work; another run on the same broker has other jobs."""
+class Piece:
+    """One piece of work; another run on the same broker has other pieces."""
 
     run: str
     number: int
 
 
-jobs = Queue("demo", Job)
+pieces = Queue("demo", Piece)
 
 
 def be_a_worker(url: str, run: str) -> None:
-    """Handle jobs until SIGTERM, and tell the parent of each on standard output."""
+    """Handle pieces until SIGTERM, and tell the parent of each on standard output."""
     logging.disable(logging.WARNING)
     worker = Worker(url, name=f"demo worker {os.getpid()}")
 
-    @worker.handler(jobs, concurrency=4)
-    async def work(job: Job, delivery: Delivery) -> None:
-        if job.run == run:
-            print("begin", job.number, delivery.attempt, flush=True)
+    @worker.handler(pieces, concurrency=4)
+    async def work(piece: Piece, delivery: Delivery) -> None:
+        if piece.run == run:
+            print("begin", piece.number, delivery.attempt, flush=True)
             await asyncio.sleep(random.uniform(0.1, 0.3))  # the work
-            print("end", job.number, delivery.attempt, flush=True)
+            print("end", piece.number, delivery.attempt, flush=True)
 
     aioworkq.run(worker)
 
@@ -130,7 +130,9 @@ async def show(url: str) -> bool:
     """Show it all, and return whether nothing was lost."""
     run, tally = os.urandom(8).hex(), Tally()
     async with Producer(url) as producer:
-        report = await producer.publish_many(jobs, (Job(run, number) for number in range(MESSAGES)))
+        report = await producer.publish_many(
+            pieces, (Piece(run, number) for number in range(MESSAGES))
+        )
     print(f"{report.confirmed} messages are published and confirmed.")
     print(f"{WORKERS} worker processes share them. Each digit is a message done, by that worker:\n")
     members: list[Member] = []

@@ -11,13 +11,13 @@ from _broker import broker_url
 
 from aioworkq import Producer, Queue, Worker
 
-jobs = Queue("fair_dispatch", float)
+durations = Queue("fair_dispatch", float)
 seconds = [2.0] + [0.05] * 7
 
 
 async def main(url: str) -> None:
     async with Producer(url) as producer:
-        report = await producer.publish_many(jobs, seconds)
+        report = await producer.publish_many(durations, seconds)
         report.raise_for_errors()
         print(f"{report.confirmed} messages are confirmed.")
 
@@ -27,7 +27,7 @@ async def main(url: str) -> None:
     def make_worker(name: str) -> Worker:
         worker = Worker(url, name=name)
 
-        @worker.handler(jobs, concurrency=1, prefetch_count=1)
+        @worker.handler(durations, concurrency=1, prefetch_count=1)
         async def work(duration: float) -> None:
             await asyncio.sleep(duration)
             done[name] += 1

@@ -9,13 +9,13 @@ from _broker import broker_url
 import aioworkq
 from aioworkq import Delivery, Producer, Queue, Worker
 
-jobs = Queue("killed_worker", str)
+reports = Queue("killed_worker", str)
 
 
 def run_worker(url: str, name: str, pipe: Connection) -> None:
     worker = Worker(url, name=name)
 
-    @worker.handler(jobs, concurrency=1)
+    @worker.handler(reports, concurrency=1)
     async def work(text: str, delivery: Delivery) -> None:
         pipe.send(f"{name} works on {text!r}, attempt {delivery.attempt}.")
         if delivery.attempt == 1:
@@ -27,7 +27,7 @@ def run_worker(url: str, name: str, pipe: Connection) -> None:
 
 async def publish(url: str) -> None:
     async with Producer(url) as producer:
-        await producer.publish(jobs, "a report")
+        await producer.publish(reports, "a report")
 
 
 def main(url: str) -> None:

@@ -10,12 +10,12 @@ from _broker import broker_url
 
 from aioworkq import Producer, Queue
 
-tasks = Queue("task_queue", str)
+texts = Queue("task_queue", str)
 
 
 async def main(url: str, text: str) -> None:
     async with Producer(url) as producer:
-        await producer.publish(tasks, text)
+        await producer.publish(texts, text)
         print(f" [x] Published {text!r}")
 
 

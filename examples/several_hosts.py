@@ -6,7 +6,7 @@ from _broker import broker_url
 
 from aioworkq import Producer, Queue, Worker
 
-jobs = Queue("several_hosts", str)
+reports = Queue("several_hosts", str)
 
 
 async def main(url: str) -> None:
@@ -14,13 +14,13 @@ async def main(url: str) -> None:
     worker = Worker(hosts)
     handled = asyncio.Event()
 
-    @worker.handler(jobs)
+    @worker.handler(reports)
     async def work(text: str) -> None:
         print(f"Handled {text!r}")
         handled.set()
 
     async with worker, Producer(hosts) as producer:
-        await producer.publish(jobs, "a report")
+        await producer.publish(reports, "a report")
         await handled.wait()
         print(f"The producer is connected: {producer.statistics().is_connected}")
         print(f"The worker is ready: {worker.is_ready}")

@@ -6,13 +6,13 @@ from _broker import broker_url
 
 from aioworkq import Delivery, Producer, Queue, Worker
 
-jobs = Queue("stop", float)
+durations = Queue("stop", float)
 
 
 def make_worker(url: str, started: asyncio.Queue[float], *, grace: float) -> Worker:
     worker = Worker(url, grace=grace)
 
-    @worker.handler(jobs)
+    @worker.handler(durations)
     async def work(seconds: float, delivery: Delivery) -> None:
         started.put_nowait(seconds)
         try:
@@ -28,7 +28,7 @@ def make_worker(url: str, started: asyncio.Queue[float], *, grace: float) -> Wor
 async def main(url: str) -> None:
     started: asyncio.Queue[float] = asyncio.Queue()
     async with Producer(url) as producer:
-        await producer.publish_many(jobs, [0.2, 3.0])
+        await producer.publish_many(durations, [0.2, 3.0])
 
     async with make_worker(url, started, grace=1.5):
         for _ in range(2):

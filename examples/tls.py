@@ -10,20 +10,20 @@ import trustme
 from aioworkq import ConnectionLostError, Producer, Queue, Worker
 from aioworkq.testing import RabbitMQ, TLSFiles
 
-jobs = Queue("tls", str)
+texts = Queue("tls", str)
 
 
 async def talk(url: str, ssl_context: ssl.SSLContext) -> None:
     worker = Worker(url, ssl_context=ssl_context)
     handled = asyncio.Event()
 
-    @worker.handler(jobs)
+    @worker.handler(texts)
     async def work(text: str) -> None:
         print(f"Handled {text!r}")
         handled.set()
 
     async with worker, Producer(url, ssl_context=ssl_context) as producer:
-        await producer.publish(jobs, "a secret")
+        await producer.publish(texts, "a secret")
         await handled.wait()
 
 

@@ -11,12 +11,12 @@ from _broker import broker_url
 import aioworkq
 from aioworkq import Queue, Worker
 
-tasks = Queue("task_queue", str)
+texts = Queue("task_queue", str)
 url = broker_url()
 worker = Worker(url)
 
 
-@worker.handler(tasks, concurrency=1, prefetch_count=1)
+@worker.handler(texts, concurrency=1, prefetch_count=1)
 async def work(text: str) -> None:
     print(f" [x] Received {text!r}", flush=True)
     await asyncio.sleep(text.count("."))

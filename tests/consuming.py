@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING, Any, Self
 
 import aiormq
+import anyio.to_thread
 import pika
 from pamqp.commands import Basic
 
@@ -149,4 +150,4 @@ async def publish_with_pika(url: str, queue: str, *bodies: bytes, **properties: 
             channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
         connection.close()
 
-    await asyncio.to_thread(publish)
+    await anyio.to_thread.run_sync(publish)

@@ -130,7 +130,6 @@ async def test_unstarted_messages_go_back_uncharged(
     """With a prefetch of 50 and one slot, a stop loses nothing and charges nobody an attempt."""
     queue = Queue(queue_name, int, type=kind)
     async with Producer(url) as producer:
-        await producer.declare(queue)
         await producer.publish_many(queue, range(60))
     worker = Worker(url)
     started = asyncio.Event()
@@ -197,7 +196,6 @@ async def test_no_delivery_after_the_end(
     """While unstarted messages go back, none of the backlog takes their place and is charged."""
     queue = Queue(queue_name, int, type="classic")
     async with Producer(url) as producer:
-        await producer.declare(queue)
         await producer.publish_many(queue, range(500))
     worker = Worker(url, grace=0)
     starts = 0
@@ -384,14 +382,25 @@ async def test_plain_function_that_returns_an_awaitable(
 # Attempts on classic queues
 
 
-async def test_classic_counts_every_redelivery(broker: Broker, url: str, queue_name: str) -> None:
+async def test_classic_counts_every_redelivery(
+    rabbitmq: RabbitMQ,
+    broker: Broker,
+    proxy: Proxy,
+    proxy_url: str,
+    queue_name: str,
+) -> None:
     """A classic queue cannot count: each lost start is written into a copy before the next one."""
     queue = Queue(queue_name, str, type="classic")
     await broker.declare(queue_name)
-    await publish_with_pika(url, queue_name, b'"x"', content_type="application/json")
+    await publish_with_pika(proxy_url, queue_name, b'"x"', content_type="application/json")
     attempts: list[int] = []
-    for _ in range(4):
-        worker = Worker(url)
+
+    async def is_settled_but_one() -> bool:
+        found = await channels(rabbitmq, queue_name)
+        return [one["messages_unacknowledged"] for one in found] == [1]
+
+    for _ in range(3):
+        worker = Worker(proxy_url)
         started = asyncio.Event()
 
         @worker.handler(queue, attempts=3)
@@ -402,16 +411,19 @@ async def test_classic_counts_every_redelivery(broker: Broker, url: str, queue_n
 
         async with anyio.create_task_group() as tasks:
             await tasks.start(worker.run)
-            if len(attempts) < 3:
-                await started.wait()
-            else:
-                await eventually(lambda: worker.statistics().dead_lettered == 1)
+            await started.wait()
+            await eventually(is_settled_but_one)
             # What a crash does: the socket goes, and nothing was given back.
-            worker._connection._transport.abort()
-            await eventually(lambda: not worker.statistics().is_connected)
+            proxy.refuse()
+            proxy.cut()
             tasks.cancel_scope.cancel()
+        proxy.accept()
     assert attempts == [1, 2, 3]
-    dead = await broker.take(queue.dead_letter_queue)
+    last = Worker(proxy_url)
+    last.handler(queue, attempts=3)(handle)
+    async with last:
+        dead = await broker.take(queue.dead_letter_queue)
+    assert attempts == [1, 2, 3]
     assert headers_of(dead)["x-aioworkq-attempts"] == 3
     assert "the last one unfinished" in headers_of(dead)["x-aioworkq-reason"]
 

@@ -60,10 +60,21 @@ Returned: 312 NO_ROUTE
     "handle_errors.py": """\
 Ada is paid at attempt 1.
 Bob is paid at attempt 2.
-Dead: a negative amount
-Dead: gave up after 3 attempts
-Dead: the body is not a valid Payment: Object missing required field `amount`. \
+3 messages were given up.
+Dead: {"to":"Eve","amount":30}: gave up after 3 attempts
+Dead: {"to":"Sam","amount":-1}: a negative amount
+Dead: {"to":"nobody"}: the body is not a valid Payment: Object missing required field `amount`. \
 Publish with the same Queue that the handler is registered for.
+""",
+    "dead_letters.py": """\
+Ada was given up after 1 attempt: failed: NotImplementedError
+Replayed: 1
+Hello Ada!
+""",
+    "delay.py": """\
+the first one
+the second one
+the last one
 """,
     "stop.py": """\
 The first worker stops.

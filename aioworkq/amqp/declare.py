@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aiormq import exceptions as aiormq_errors
+from pamqp import commands as spec
 
 from aioworkq.amqp.translate import guarded, refusal
 from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
@@ -13,11 +14,31 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from aiormq.abc import AbstractChannel
+    from pamqp.base import Frame
 
 T = TypeVar("T")
 
 ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
+
+
+class _QueueDeclare(spec.Queue.Declare):
+    """Without pamqp's own idea of what a queue may be called: RabbitMQ takes any text."""
+
+    def validate(self) -> None:
+        """Leave it to RabbitMQ."""
+
+
+class _QueueBind(spec.Queue.Bind):
+    """The same for a binding."""
+
+    def validate(self) -> None:
+        """Leave it to RabbitMQ."""
+
+
+def _rpc(channel: AbstractChannel, frame: Frame) -> Coroutine[Any, Any, Any]:
+    call: Coroutine[Any, Any, Any] = getattr(channel, "rpc")(frame)  # noqa: B009 - not in the ABC
+    return call
 
 
 async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> int:
@@ -27,9 +48,9 @@ async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> i
         TopologyError: It does not (code 404), or may not be looked for; the channel is closed.
         ConnectionLostError: The channel ended, or no answer came in time.
     """
-    call = channel.queue_declare(queue, passive=True)
+    call = _rpc(channel, _QueueDeclare(queue=queue, passive=True))
     what = f"looking for queue {queue!r}"
-    answer = await _declared(channel, call, queue, {}, what, timeout=timeout)
+    answer: spec.Queue.DeclareOk = await _declared(channel, call, queue, {}, what, timeout=timeout)
     return answer.message_count or 0
 
 
@@ -44,13 +65,15 @@ async def declare_on(
     Raises:
         TopologyError: The broker refuses; the channel is closed.
         ConnectionLostError: The channel ended, or no answer came in time.
+        ValueError: An argument cannot be encoded.
+        TypeError: The same.
     """
     asked: dict[str, Any] = {}
     call: Coroutine[Any, Any, object]
     match declaration:
         case QueueDeclaration(name=name, arguments=arguments):
             asked = dict(arguments)
-            call = channel.queue_declare(name, durable=True, arguments=asked)
+            call = _rpc(channel, _QueueDeclare(queue=name, durable=True, arguments=asked))
         case ExchangeDeclaration(name=name, type=kind, arguments=arguments):
             asked = dict(arguments)
             call = channel.exchange_declare(
@@ -60,7 +83,7 @@ async def declare_on(
                 arguments=asked,
             )
         case Binding(name, "queue", source, key):
-            call = channel.queue_bind(name, source, routing_key=key)
+            call = _rpc(channel, _QueueBind(queue=name, exchange=source, routing_key=key))
         case Binding(name, _, source, key):
             call = channel.exchange_bind(destination=name, source=source, routing_key=key)
     await _declared(channel, call, name, asked, f"declaring {name!r}", timeout=timeout)

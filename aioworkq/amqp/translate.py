@@ -27,7 +27,12 @@ _INEQUIVALENT: Final = re.compile(
     r"received (?:the value )?(?P<ours>.*?) but current is (?:the value )?(?P<theirs>.*)$",
     re.DOTALL,
 )
-_UNAVAILABLE: Final = re.compile(r"down or inaccessible|process is stopped|timed? ?out|no_quorum")
+_QUOTED: Final = re.compile(r"'[^']*'")
+_UNAVAILABLE: Final = re.compile(
+    r"is down or inaccessible|due to timeout|process is stopped|failed to restart"
+    r"|may be stopping or being demoted|no_quorum",
+)
+"""What RabbitMQ says of a queue that exists and cannot be reached now (rabbit_amqqueue.erl)."""
 
 CLOSING_REASON: Final = "the connection was closed, or heartbeats stopped coming"
 
@@ -72,6 +77,8 @@ async def guarded(
     Raises:
         ConnectionLostError: The resource ended, or no answer came within ``timeout`` seconds.
         ChannelClosed: The broker closed the channel in answer to this call.
+        ValueError: An argument cannot be encoded; nothing was sent.
+        TypeError: The same.
     """
     task = asyncio.ensure_future(call)
     closing = resource.closing
@@ -79,7 +86,7 @@ async def guarded(
         await asyncio.wait({task, closing}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task.done() and not task.cancelled():
             error = task.exception()
-            if error is None:
+            if error is None or isinstance(error, ValueError | TypeError):
                 return task.result()
         elif closing.done():
             error = closing_exception(closing)
@@ -120,7 +127,7 @@ def refusal(
         asked: The arguments of our declaration, to name both sides of a difference.
     """
     text = describe(exc)
-    if _UNAVAILABLE.search(text):
+    if _UNAVAILABLE.search(_QUOTED.sub("''", text)):  # a queue's name may say anything
         return ConnectionLostError(what, reason=text)
     if isinstance(exc, aiormq_errors.ChannelPreconditionFailed):
         found = _INEQUIVALENT.search(text)

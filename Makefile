@@ -1,0 +1,98 @@
+# make demo   see it work            make lint    formatters, linters, type checkers
+# make test   lint, tests, coverage  make bench   measure it
+# make clean  remove what the others made
+#
+# Nothing is needed before but Python 3.11 or later, and pip: all Python packages go into .venv.
+# RabbitMQ is installed when it is missing (Debian and its kin, by root or with sudo) and is not
+# started: the demo and the tests start private nodes. With AMQP_URL set, the demo uses that one.
+
+SHELL := /bin/sh
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint bench clean rabbitmq
+
+demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
+	$(BIN)/python examples/demo.py
+
+test: lint rabbitmq
+	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/installed rabbitmq
+	$(BIN)/python -m tests.benchmarks
+
+clean:
+	rm -rf $(VENV) .venv-bootstrap .coverage .coverage.* dist .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find aioworkq examples tests -name __pycache__ -type d -exec rm -rf {} +
+
+# The virtual environment. pip of Debian 12 does not know dependency groups; ours must.
+$(VENV)/installed: pyproject.toml $(VENV)/bin/pip
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --editable . --group dev
+	@# pyright runs on Node.js: from a wheel where the machine has none.
+	@command -v node >/dev/null || $(BIN)/python -m pip install --quiet 'pyright[nodejs]' || \
+		echo 'There is no Node.js here and no wheel of it: pyright will try to download it.'
+	@touch $@
+
+# Debian's python3 has venv but lacks ensurepip until python3-venv is installed. Then pip puts
+# itself into the new environment, or virtualenv makes one.
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or later is needed: call make PYTHON=/path/to/python3.11.' >&2; exit 1; }
+	@rm -rf $(VENV) .venv-bootstrap
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip $(VENV) && \
+		$(PYTHON) -m pip --quiet --python $(BIN)/python install pip; } || { \
+		rm -rf $(VENV); \
+		$(PYTHON) -m pip install --quiet --target .venv-bootstrap virtualenv && \
+		PYTHONPATH=.venv-bootstrap $(PYTHON) -m virtualenv --quiet $(VENV); } || { \
+		rm -rf $(VENV) .venv-bootstrap; \
+		echo 'No virtual environment can be made: install venv for $(PYTHON).' >&2; \
+		echo 'On Debian: apt-get install python3-venv.' >&2; exit 1; }
+	@rm -rf .venv-bootstrap
+	@test -x $@ && touch $@
+
+# The package would start a node of the system: a policy forbids it where there is none yet.
+define INSTALL_RABBITMQ
+set -eu
+for folder in /usr/lib/rabbitmq/bin /usr/local/sbin /usr/sbin /opt/homebrew/sbin; do
+    PATH="$$PATH:$$folder"
+done
+if command -v rabbitmq-server >/dev/null; then exit 0; fi
+if [ "$$(id -u)" = 0 ]; then
+    as_root=
+elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
+    as_root=sudo
+else
+    as_root=nobody
+fi
+if [ "$$as_root" = nobody ] || ! command -v apt-get >/dev/null; then
+    echo 'RabbitMQ is not installed, and this user cannot install it here.' >&2
+    echo 'On Debian: apt-get install --no-install-recommends rabbitmq-server, as root.' >&2
+    exit 1
+fi
+echo 'Installing RabbitMQ ...'
+policy=/usr/sbin/policy-rc.d
+if [ ! -e "$$policy" ]; then
+    trap '$$as_root rm -f "$$policy"' EXIT
+    trap 'exit 1' HUP INT TERM
+    printf '#!/bin/sh\nexit 101\n' | $$as_root tee "$$policy" >/dev/null
+    $$as_root chmod +x "$$policy"
+fi
+$$as_root apt-get -qq update || echo 'The package lists may be old: apt-get update failed.' >&2
+$$as_root env DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get -qq -y -o DPkg::Lock::Timeout=300 \
+    install --no-install-recommends rabbitmq-server >/dev/null
+endef
+export INSTALL_RABBITMQ
+
+rabbitmq:
+	@sh -c "$$INSTALL_RABBITMQ"

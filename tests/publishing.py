@@ -1,0 +1,46 @@
+"""What the tests of the publishing half share: no complaints in the logs, alarms, secrets."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from aioworkq.testing import RabbitMQ
+
+
+@pytest.fixture(autouse=True)
+def no_complaints(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Fail a test if asyncio tells of an error that nobody looked at, or we of a defect."""
+    yield
+    gc.collect()
+    records = [record for when in ("setup", "call") for record in caplog.get_records(when)]
+    complaints = [
+        record.getMessage()
+        for record in records
+        if record.name in {"asyncio", "aioworkq"} and record.levelno >= logging.ERROR
+    ]
+    assert not complaints
+
+
+@contextlib.asynccontextmanager
+async def memory_alarm(node: RabbitMQ) -> AsyncGenerator[None]:
+    """Let a node believe that its memory is used up, and no longer at the end."""
+    monitor = "vm_memory_monitor:set_vm_memory_high_watermark"
+    await node.eval(f"{monitor}(0.00001)")
+    try:
+        yield
+    finally:
+        await node.eval(f"{monitor}({{absolute, 1000000000}})")
+
+
+def open_files() -> int:
+    """Return how many file descriptors this process has."""
+    return len(list(Path("/proc/self/fd").iterdir()))
