@@ -192,17 +192,18 @@ class RabbitMQ:
                 reason="it runs already",
                 advice="Call stop() or kill() before.",
             )
-        for is_last in (False,) * (_BOOTS - 1) + (True,):
+        for boots_left in reversed(range(_BOOTS)):
             is_new = self._node is None
-            self._node = node = self._node or await self._create()
+            node = self._node = self._node or await self._create()
             try:
-                return await node.boot(timeout=self._startup_timeout)
+                await node.boot(timeout=self._startup_timeout)
             except NodeError:
                 # Ours are dead. A port that is still taken is somebody else's: we lost a race.
-                if not is_new or is_last or node.ports.all_free():
+                if not is_new or not boots_left or node.ports.all_free():
                     raise
-            await self._destroy()
-        return None
+                await self._destroy()
+            else:
+                break
 
     async def _create(self) -> Node:
         return await Node.create(

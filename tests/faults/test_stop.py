@@ -160,7 +160,9 @@ async def test_while_subscribing(
     await running.end(within=3 * STEP + PROMPT)
     # RabbitMQ took the subscription: what was handed over runs, and is lost with its channel.
     left = len(await broker.take_all(queue_name))
-    assert left == 20 - running.worker.statistics().handled + running.worker.statistics().stale_settles
+    assert (
+        left == 20 - running.worker.statistics().handled + running.worker.statistics().stale_settles
+    )
 
 
 # While it consumes
