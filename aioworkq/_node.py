@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-_POLL = 0.01
+_POLL = 0.02
 _LOG_TAIL = 8_192
 _CONNECTION_START = b"\x00\x0a\x00\x0a"
 

@@ -105,10 +105,20 @@ class ConsumerStatistics:
 class _Run(Unsettled):
     """One delivery on its way through the handler."""
 
-    __slots__ = ("held", "is_done", "needs_recount", "scope", "succeeded")
+    __slots__ = ("generation", "held", "is_done", "needs_recount", "scope", "succeeded")
 
-    def __init__(self, delivery: Delivery, subscription: Subscription, tag: int, used: int) -> None:
+    def __init__(
+        self,
+        delivery: Delivery,
+        subscription: Subscription,
+        tag: int,
+        used: int,
+        *,
+        generation: int,
+    ) -> None:
         super().__init__(delivery, subscription, tag, used)
+        self.generation = generation
+        """The number of its subscription."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
         self.scope: anyio.CancelScope | None = None
@@ -164,7 +174,11 @@ class Consumer:
         self._unstarted: deque[_Run] = deque()
         self._orphans: list[_Run] = []
         self._slots_used = 0
-        self._memory: RedeliveryMemory[Subscription] = RedeliveryMemory(
+        self._newest: Subscription | None = None
+        self._generation = 0
+        # Of acks it keeps the number of the subscription, not the subscription: that would keep
+        # the channel, the connection and its socket.
+        self._memory: RedeliveryMemory[int] = RedeliveryMemory(
             size=max(_MEMORY, 4 * handler.options.prefetch_count),
         )
         self._idle = asyncio.Event()
@@ -297,10 +311,12 @@ class Consumer:
 
     def _forget_lost(self) -> None:
         """Take note of what cannot be settled any more, because its subscription is lost."""
+        if self._newest is not None and self._newest.is_lost:
+            self._newest = None
         for runs in (self._unstarted, *(orphan.held for orphan in self._orphans)):
             for run in [run for run in runs if run.subscription.is_lost]:
                 runs.remove(run)
-                self._memory.excuse(run.delivery.message)
+                self._excuse(run)
         for run in self._running:
             if run.subscription.is_lost and not run.delivery.lost:
                 run.delivery.lost = True
@@ -308,6 +324,14 @@ class Consumer:
                     self._orphans.append(run)
                 if self.handler.options.on_connection_loss == "cancel" and run.scope is not None:
                     run.scope.cancel()
+
+    def _excuse(self, run: _Run) -> None:
+        """Remember that a message comes back, and that this was no attempt."""
+        message = run.delivery.message
+        if run.delivery.redelivered and not is_counted_by_broker(message.headers):
+            self._memory.started(message)  # a classic queue's flag is set already: it counts no more
+        else:
+            self._memory.excuse(message)
 
     # Deliveries
 
@@ -325,7 +349,10 @@ class Consumer:
             attempt=used + 1,
             redelivered=incoming.redelivered,
         )
-        run = _Run(delivery, subscription, incoming.tag, used)
+        if subscription is not self._newest:
+            self._newest = subscription
+            self._generation += 1
+        run = _Run(delivery, subscription, incoming.tag, used, generation=self._generation)
         if self._orphans and self._is_held(run):
             return
         if incoming.redelivered:
@@ -351,8 +378,7 @@ class Consumer:
 
     def _is_known(self, run: _Run) -> bool:
         """Ack a redelivery of what was done here, and whose ack was lost."""
-        acked_on = self._memory.acked_on(run.delivery.message)
-        if acked_on is None or not acked_on.is_lost:
+        if self._memory.acked_on(run.delivery.message) in {None, run.generation}:
             return False
         self._ack_duplicate(run)
         return True
@@ -417,7 +443,7 @@ class Consumer:
         with anyio.CancelScope(shield=True):
             await self._settler.recount(run)
         if run.is_settled:
-            self._memory.acked(run.delivery.message, run.subscription)
+            self._memory.acked(run.delivery.message, run.generation)
             run.is_done = True
         return run.is_settled
 
@@ -430,7 +456,7 @@ class Consumer:
         delivery = run.delivery
         await checkpoint_if_cancelled()
         if run.subscription.is_lost:
-            self._memory.excuse(delivery.message)
+            self._excuse(run)
             return Requeue(counts=False)
         if self._is_used_up(run):
             return DeadLetter(f"gave up after {run.used} attempts, the last one unfinished")
@@ -523,12 +549,12 @@ class Consumer:
         is_gone = settled is Settled.ACKED and getattr(outcome, "counts", True)
         if run.succeeded or is_gone:
             # If its ack is lost on the way, the redelivery is acked and not run again.
-            self._memory.acked(message, run.subscription)
+            self._memory.acked(message, run.generation)
             run.is_done = True
         elif settled is Settled.ACKED:
             self._memory.settled(message)
         elif settled is Settled.OVERCOUNTED:
-            self._memory.excuse(message)
+            self._excuse(run)
 
     def _release_held(self, run: _Run) -> None:
         """Deal with the redeliveries that waited for the end of this run."""
@@ -547,7 +573,7 @@ class Consumer:
         run.is_settled = True
         self._duplicates += 1
         run.subscription.ack(run.tag)
-        self._memory.acked(run.delivery.message, run.subscription)
+        self._memory.acked(run.delivery.message, run.generation)
 
     # Stopping
 

@@ -524,7 +524,7 @@ class Outbox:
             loop = asyncio.get_running_loop()
             self._closing = loop.create_task(self._close(timeout), name="aioworkq closes")
         with anyio.CancelScope(shield=True):
-            await asyncio.shield(self._closing)
+            await asyncio.wait({self._closing})
 
     async def _close(self, timeout: float) -> None:
         if self._task is not None:

@@ -42,6 +42,7 @@ T = TypeVar("T")
 _log = logging.getLogger("aioworkq")
 
 _DECLARE_PAUSE: Final = 0.1
+_DECLARE_TIMEOUT: Final = 10.0
 _CLOSE_TIMEOUT: Final = 5.0
 
 
@@ -380,7 +381,7 @@ class Producer:
             async with asyncio.timeout_at(deadline), self._declaring:
                 while True:
                     await self._connection.wait_connected()
-                    left = max(0.1, deadline - loop.time())
+                    left = max(_DECLARE_TIMEOUT, deadline - loop.time())
                     try:
                         if self._must_declare(queue):
                             await self._connection.declare(declarations(queue), timeout=left)

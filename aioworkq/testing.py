@@ -348,8 +348,8 @@ class RabbitMQ:
             NodeError: It could not be created.
             StateError: The node was never started, or is closed.
         """
-        await self.eval(f'ok = rabbit_vhost:add({_binary(name)}, <<"test">>)')
-        await self.set_permissions("guest", vhost=name)
+        everything = _permit("guest", vhost=name, configure=".*", write=".*", read=".*")
+        await self.eval(f'ok = rabbit_vhost:add({_binary(name)}, <<"test">>), {everything}')
         return self.url + quote(name, safe="")
 
     async def delete_vhost(self, name: str) -> None:
@@ -386,8 +386,7 @@ class RabbitMQ:
             NodeError: There is no such user or virtual host.
             StateError: The node was never started, or is closed.
         """
-        arguments = ", ".join(map(_binary, (user, vhost, configure, write, read, "test")))
-        await self.eval(f"ok = rabbit_auth_backend_internal:set_permissions({arguments})")
+        await self.eval(_permit(user, vhost=vhost, configure=configure, write=write, read=read))
 
     def _require_node(self, what: str) -> Node:
         if self._node is None:
@@ -403,6 +402,12 @@ def _tls_options(tls: TLSFiles) -> dict[str, str | os.PathLike[str]]:
     """Name the files as RabbitMQ's ``ssl_options`` do."""
     files = {"certfile": tls.certfile, "keyfile": tls.keyfile}
     return files if tls.cafile is None else files | {"cacertfile": tls.cafile}
+
+
+def _permit(user: str, *, vhost: str, configure: str, write: str, read: str) -> str:
+    """Write ``rabbitmqctl set_permissions`` in Erlang."""
+    arguments = ", ".join(map(_binary, (user, vhost, configure, write, read, "test")))
+    return f"ok = rabbit_auth_backend_internal:set_permissions({arguments})"
 
 
 def _binary(text: str) -> str:

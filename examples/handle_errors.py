@@ -5,17 +5,7 @@ from dataclasses import dataclass
 
 from _broker import broker_url
 
-from aioworkq import (
-    DeadLetters,
-    DeadMessage,
-    Delivery,
-    Producer,
-    Queue,
-    Reject,
-    RetryLater,
-    RetryPolicy,
-    Worker,
-)
+from aioworkq import DeadLetters, Delivery, Producer, Queue, Reject, RetryLater, RetryPolicy, Worker
 
 
 @dataclass
@@ -51,15 +41,11 @@ async def main(url: str) -> None:
         for _ in range(1 + 2 + 3 + 1):
             await started.get()
 
-    lines: list[str] = []
-
-    def read(letter: DeadMessage[Payment]) -> bool:
-        lines.append(f"Dead: {letter.message.body.decode()}: {letter.reason}")
-        return True
-
     async with DeadLetters(url, payments) as dead:
-        print(f"{await dead.purge(read)} messages were given up.")
-    print(*sorted(lines), sep="\n")
+        letters = await dead.peek()
+        await dead.purge()
+    for letter in sorted(letters, key=lambda letter: letter.reason):
+        print(f"Dead: {letter.message.body.decode()}: {letter.reason}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from aioworkq.testing import RabbitMQ
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Generator, Iterator
 
 NEED_RABBITMQ = {"rabbitmq", "url", "proxy", "proxy_url", "own_node"}
 
@@ -56,6 +56,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames.insert(
                 item.fixturenames.index("no_thread_leaks") + 1, "no_task_leaks"
             )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let captured logs with lone surrogates through: some tests log them on purpose."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 @pytest.fixture(scope="session")

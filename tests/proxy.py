@@ -184,12 +184,13 @@ class Proxy:
         with listener, contextlib.suppress(OSError):  # refuse() made accept() fail
             while True:
                 client, _ = await loop.sock_accept(listener)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                 if listener is not self._listener:  # refused a moment ago
-                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
                     client.close()
                     return
                 connection = _Connection(self, client)
-                self._connections[connection] = self._spawn(self._serve(connection))
+                task = self._connections[connection] = self._spawn(self._serve(connection))
+                task.add_done_callback(connection.close)  # a task may be cut before it runs
                 self.total_connections += 1
                 self._note_change()
 
@@ -218,7 +219,8 @@ class _Connection:
 
     async def run(self) -> None:
         """Forward until both sides said their last word, or reset both."""
-        with self._client as client, socket.socket() as broker:
+        client = self._client
+        with socket.socket() as broker:
             for side in (client, broker):
                 side.setblocking(False)
                 side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -235,6 +237,10 @@ class _Connection:
                     tasks.create_task(self._write("to_client", client))
             for side in (client, broker):
                 side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(len(_RESET)))
+
+    def close(self, _task: asyncio.Task[None]) -> None:
+        """Close the client's socket, in order or with a reset."""
+        self._client.close()
 
     async def inject(self, direction: Direction, data: bytes) -> None:
         """Put whole frames on their way, which are asked nobody about."""

@@ -1,10 +1,11 @@
-"""Delayed messages on RabbitMQ: never early, never to the wrong queue, never in each other's way."""
+"""Delayed messages on RabbitMQ: never early, never to a wrong queue, never in each other's way."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiormq
@@ -94,38 +95,38 @@ async def test_a_point_in_time_that_has_passed_means_now(
     assert not await broker.exists(UNROUTABLE)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"delay": -1}, "the delay is -1 seconds: it must be from 0 to a year, 3.1536e+07."),
-        ({"delay": 365 * 24 * 3600 + 1}, "the delay is 31536001 seconds: it must be from 0 to a"),
-        ({"delay": float("nan")}, "the delay is nan seconds"),
-        ({"delay": float("inf")}, "the delay is inf seconds"),
-        (
-            {"at": datetime(2024, 1, 1)},  # noqa: DTZ001 - that is the mistake
-            "at is datetime.datetime(2024, 1, 1, 0, 0), without a time zone: give an aware "
-            "datetime, such as datetime.now(UTC) + timedelta(hours=1).",
-        ),
-        ({"at": datetime.now(UTC) + timedelta(days=400)}, "it must be from 0 to a year"),
-        ({"delay": 1, "at": datetime.now(UTC)}, "delay and at are both given: give one of them."),
-        (
-            {"delay": 1, "expiration": 5},
-            "a delayed message cannot have an expiration too: it would end the delay. "
-            "Leave one of them out.",
-        ),
-    ],
-)
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"delay": -1}, "the delay is -1 seconds: it must be from 0 to a year, 3.1536e+07."),
+    ({"delay": 365 * 24 * 3600 + 1}, "the delay is 31536001 seconds: it must be from 0 to a"),
+    ({"delay": float("nan")}, "the delay is nan seconds"),
+    ({"delay": float("inf")}, "the delay is inf seconds"),
+    (
+        {"at": datetime(2024, 1, 1)},  # noqa: DTZ001 - that is the mistake
+        "at is datetime.datetime(2024, 1, 1, 0, 0), without a time zone: give an aware "
+        "datetime, such as datetime.now(UTC) + timedelta(hours=1).",
+    ),
+    ({"at": datetime.now(UTC) + timedelta(days=400)}, "it must be from 0 to a year"),
+    ({"delay": 1, "at": datetime.now(UTC)}, "delay and at are both given: give one of them."),
+    (
+        {"delay": 1, "expiration": 5},
+        "a delayed message cannot have an expiration too: it would end the delay. "
+        "Leave one of them out.",
+    ),
+]
+
+
 async def test_a_delay_that_cannot_be_right_is_a_value_error(
-    producer: Producer, queue_name: str, options: dict[str, Any], sentence: str
+    producer: Producer, queue_name: str
 ) -> None:
     """It is refused before anything is declared, by publish and publish_many alike."""
-    given: Any = options
-    with pytest.raises(ValueError) as caught:
-        await producer.publish(queue_name, b"x", **given)
-    assert sentence in str(caught.value)
-    with pytest.raises(ValueError) as caught:
-        await producer.publish_many(queue_name, [b"x"], **given)
-    assert sentence in str(caught.value)
+    for options, sentence in WRONG:
+        given: Any = options
+        with pytest.raises(ValueError) as caught:
+            await producer.publish(queue_name, b"x", **given)
+        assert sentence in str(caught.value)
+        with pytest.raises(ValueError) as caught:
+            await producer.publish_many(queue_name, [b"x"], **given)
+        assert sentence in str(caught.value)
     assert producer.statistics().confirmed == 0
 
 
@@ -158,7 +159,7 @@ async def test_dotted_names_do_not_receive_each_others_messages(
     for _ in range(2):
         await asyncio.gather(*(producer.publish(one, one.name, delay=0.15) for one in queues))
     for name in names:
-        await eventually(lambda name=name: _has(broker, name, 2))
+        await eventually(partial(_has, broker, name, 2))
         assert {one.body.decode() for one in await broker.take_all(name)} == {name}
 
 

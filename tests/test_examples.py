@@ -60,9 +60,8 @@ Returned: 312 NO_ROUTE
     "handle_errors.py": """\
 Ada is paid at attempt 1.
 Bob is paid at attempt 2.
-3 messages were given up.
-Dead: {"to":"Eve","amount":30}: gave up after 3 attempts
 Dead: {"to":"Sam","amount":-1}: a negative amount
+Dead: {"to":"Eve","amount":30}: gave up after 3 attempts
 Dead: {"to":"nobody"}: the body is not a valid Payment: Object missing required field `amount`. \
 Publish with the same Queue that the handler is registered for.
 """,

@@ -202,6 +202,16 @@ async def test_a_cut_resets_both_sides(client: Peer, server: Peer, front: Proxy)
         assert front.total_connections == 2
 
 
+async def test_a_connection_may_be_cut_as_soon_as_it_is_counted(front: Proxy) -> None:
+    """A connection that the proxy has not begun to serve is reset like any other."""
+    async with connected(front) as client:
+        while not front.connections:
+            await asyncio.sleep(0)
+        front.cut()
+        with pytest.raises(ConnectionResetError):
+            await client.receive(1)
+
+
 async def test_waiting_for_connections_is_bounded(front: Proxy) -> None:
     """A wait in vain says what is there instead."""
     with pytest.raises(TimeoutError, match=r"0 connections are open after 0\.05 s, not 2"):

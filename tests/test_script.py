@@ -202,6 +202,7 @@ async def test_a_second_process_takes_over(broker: Broker, url: str, queue_name:
         await producer.publish(queue, 600)
         assert await victim.line() == "started"
         async with script(url, queue, SLOW.replace("sleep(seconds)", "sleep(0)")) as heir:
+
             async def both() -> bool:
                 return await broker.consumers(queue_name) == 2
 

@@ -86,6 +86,7 @@ class AmqpConnection:
         self._current: AbstractConnection | None = None
         self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
+        self._declaring: set[asyncio.Task[None]] = set()
         self._attempt_ended: asyncio.Event | None = None
         self._failures = 0
         self._refusals = 0
@@ -320,7 +321,20 @@ class AmqpConnection:
             raise ConnectionLostError(what, reason=describe(exc)) from exc
 
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
-        """Declare what does not exist yet; see the protocol."""
+        """Declare what does not exist yet; see the protocol.
+
+        It is not cancelled with its caller but goes on by itself: aiormq closes the channel of a
+        cancelled call, and where that crosses the broker's own Channel.Close, by which it tells of
+        a missing queue, RabbitMQ closes the connection (504 CHANNEL_ERROR).
+        """
+        task = asyncio.ensure_future(self._declare(tuple(declarations), timeout=timeout))
+        self._declaring.add(task)
+        task.add_done_callback(self._declaring.discard)
+        task.add_done_callback(_retrieve)
+        await asyncio.wait({task})
+        task.result()
+
+    async def _declare(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
         what = "declaring queues"
         channel: AbstractChannel | None = None
         try:
@@ -432,6 +446,8 @@ class AmqpConnection:
                 await asyncio.wait({closing}, timeout=_ABORT_GRACE)
             if self._tasks:
                 await asyncio.wait(self._tasks)
+            if self._declaring:
+                await asyncio.wait(self._declaring, timeout=_ABORT_GRACE)
         self._current = None
 
 

@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -63,6 +64,12 @@ async def producer(proxy_url: str, queue: Queue[bytes]) -> AsyncIterator[Produce
         yield producer
 
 
+@pytest.fixture(autouse=True)
+def quick_reconnects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not wait for seconds after many losses in a row: the pause is not what is tested."""
+    monkeypatch.setattr("aioworkq.amqp.connection._BACKOFF_MAX", 0.3)
+
+
 def drop_confirms(direction: str, frame_type: int, channel: int, payload: bytes) -> bool:
     return not (direction == "to_client" and frame_type == 1 and payload[:4] == BASIC_ACK)
 
@@ -89,6 +96,9 @@ async def test_a_killed_and_restarted_node_loses_nothing(node: RabbitMQ, queue_n
             for where in (kept, classic)
             for number in range(20)
         ]
+        # RabbitMQ 3.10 forgets a quorum queue that is younger than three seconds when it is killed,
+        # whatever it confirmed: it has not written down yet that there is one.
+        await node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
         await node.kill()
         new = [asyncio.create_task(producer.publish(f"{queue_name}.new", "x")) for _ in range(5)]
         await node.start()
@@ -126,7 +136,9 @@ async def test_cuts_lose_nothing(
     proxy: Proxy, producer: Producer, broker: Broker, queue: Queue[bytes]
 ) -> None:
     """However often the connection is cut, each message is stored at least once."""
-    tasks = [asyncio.create_task(producer.publish(queue, b"%d" % n)) for n in range(300)]
+    tasks: list[asyncio.Task[Any]] = [
+        asyncio.create_task(producer.publish(queue, b"%d" % n)) for n in range(300)
+    ]
     for number in range(5):
         await proxy.wait_connections(1, timeout=30)
         proxy.cut()
@@ -294,7 +306,7 @@ async def small_messages(rabbitmq: RabbitMQ) -> AsyncIterator[None]:
 async def test_a_refused_message_harms_none_of_its_neighbours(
     url: str, broker: Broker, queue: Queue[bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A body that is too large for RabbitMQ is refused; those before, beside and after are stored."""
+    """A body too large for RabbitMQ is refused; those before, beside and after it are stored."""
     async with Producer(url, window=10_000) as producer:
         await producer.publish(queue, b"first")
         for culprit in range(5):
@@ -443,13 +455,15 @@ async def test_a_connection_that_dies_blocked_comes_back(node: RabbitMQ, queue_n
                 task = asyncio.create_task(producer.publish(queue, b"%d" % number))
                 await eventually(lambda: producer.statistics().is_blocked)
                 proxy.cut()
-                await eventually(lambda: not producer.statistics().is_connected)
-                await eventually(lambda: producer.statistics().is_connected)
+                await eventually(partial(_has_reconnected, producer, number + 1))
             await task
         await producer.publish(queue, b"last")
-        assert producer.statistics().reconnects >= 3
         async with Broker(node.url) as broker:
             assert set(await bodies(broker, queue)) == {b"first", b"0", b"1", b"2", b"last"}
+
+
+def _has_reconnected(producer: Producer, times: int) -> bool:
+    return producer.statistics().reconnects >= times
 
 
 async def test_closing_during_an_alarm_is_bounded(node: RabbitMQ, queue_name: str) -> None:
@@ -620,7 +634,7 @@ async def test_random_faults_lose_nothing(
         for name in range(10):
             tasks.create_task(publish(name))
         for _ in range(12):
-            before = len(confirmed)
+            wanted = len(confirmed) + 1
             match rng.choice(["cut", "stall", "refuse", "confirms"]):
                 case "cut":
                     proxy.cut()
@@ -637,7 +651,8 @@ async def test_random_faults_lose_nothing(
             proxy.on_frame = None
             proxy.flow()
             proxy.accept()
-            await eventually(lambda before=before: len(confirmed) > before)
+            while len(confirmed) < wanted:
+                await asyncio.sleep(0.01)
         stop.set()
     stored = await bodies(broker, queue)
     assert confirmed <= set(stored)

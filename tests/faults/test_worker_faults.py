@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import struct
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ from aioworkq import (
     WorkQueueError,
 )
 from aioworkq.testing import RabbitMQ
-from tests.consuming import Broker, channels, eventually, headers_of, publish_with_pika
+from tests.consuming import Broker, channels, crash, eventually, headers_of, publish_with_pika
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -84,23 +83,7 @@ def losses(worker: Worker, queue: str) -> int:
 # One channel
 
 
-async def close_from_broker(proxy: Proxy, channel: Any) -> None:
-    """Let the channel be closed as RabbitMQ closes one after an error."""
-    text = b"PRECONDITION_FAILED - as a test wants it"
-    payload = struct.pack(">HHHB", 20, 40, 406, len(text)) + text + struct.pack(">HH", 0, 0)
-    head = struct.pack(">BHI", 1, channel.number, len(payload))
-    await proxy.inject_to_client(head + payload + b"\xce")
-
-
-async def ack_twice(proxy: Proxy, channel: Any) -> None:
-    """Make a mistake that RabbitMQ really answers by closing the channel: an unknown tag."""
-    await channel.basic_ack(99_999)
-
-
-@pytest.mark.parametrize("fault", [close_from_broker, ack_twice])
-async def test_channel_error_hits_one_handler(
-    proxy: Proxy, proxy_url: str, url: str, queue_name: str, fault: Any
-) -> None:
+async def test_channel_error_hits_one_handler(proxy_url: str, url: str, queue_name: str) -> None:
     """A channel that RabbitMQ closes is opened again; other handlers notice nothing of it."""
     one, two = f"{queue_name}.one", f"{queue_name}.two"
     worker = Worker(proxy_url)
@@ -119,7 +102,7 @@ async def test_channel_error_hits_one_handler(
     async with worker, Producer(url) as producer:
         await producer.publish(two, 2)
         await eventually(lambda: worker.statistics().in_flight == 1)
-        await fault(proxy, channel_of(worker, one))
+        await channel_of(worker, one).basic_ack(99_999)  # what a double ack is to RabbitMQ
         await eventually(lambda: losses(worker, one) == 1)
         assert "PRECONDITION_FAILED" in worker.statistics().consumers[one].last_error
         assert worker.statistics().consumers[two].is_subscribed
@@ -224,7 +207,7 @@ async def test_consumer_timeout(node: RabbitMQ, node_url: str, queue_name: str) 
     finally:
         value = before.removeprefix("{ok,").removesuffix("}")
         await node.eval(f"application:set_env(rabbit, consumer_timeout, {value})")
-        await node.eval("application:unset_env(rabbit, channel_tick_interval)")
+        await node.eval("application:set_env(rabbit, channel_tick_interval, 60000)")
 
 
 # The connection: what runs meanwhile
@@ -427,30 +410,34 @@ async def test_a_copy_is_not_taken_for_its_original(
 ) -> None:
     """The copy of a failed message is never acked as if it were the original that was settled."""
     queue = Queue(queue_name, str, type="classic")
-    worker = Worker(proxy_url)
-    release = asyncio.Event()
+    worker = Worker(proxy_url, grace=0)
+    fail, release = asyncio.Event(), asyncio.Event()
     log: list[str] = []
 
     @worker.handler(queue, concurrency=1, prefetch_count=3, retry=retry)
     async def handle(body: str, delivery: Delivery) -> None:
         log.append(f"{body} {delivery.attempt}")
         if body == "fails" and delivery.attempt == 1:
+            await fail.wait()
             raise ValueError("no")
         if body == "blocks":
             await release.wait()
 
     async with worker, Producer(url) as producer:
         await producer.publish(queue, "fails")
-        await eventually(lambda: worker.statistics().failed == 1)
-        await producer.publish(queue, "blocks")  # before the copy comes back
-        await eventually(lambda: worker.statistics().waiting == 1)  # the copy, behind it
+        await producer.publish(queue, "blocks")
+        await eventually(lambda: worker.statistics().waiting == 1)
+        fail.set()
+        await eventually(lambda: "blocks 1" in log)
+        await eventually(lambda: worker.statistics().waiting == 1)  # what failed, behind it
         # Now what the original was acked on is lost, and the copy comes back redelivered.
         for times in (1, 2):
             proxy.cut()
             await eventually(lambda n=times: losses(worker, queue_name) == n)
             await eventually(lambda: worker.statistics().waiting == 2)
         release.set()
-        await eventually(lambda: log.count("fails 2") == 1)
+        await eventually(lambda: worker.statistics().handled == 2)
+    assert log == ["fails 1", "blocks 1", "fails 2"]
     assert await broker.ready(queue_name) == 0
 
 
@@ -517,7 +504,7 @@ async def test_excuses_and_failures_add_up(
 
 
 async def kill_and_start(node: RabbitMQ, proxy: Proxy) -> None:
-    await node.kill()
+    await crash(node)
     await node.start()
 
 
@@ -552,48 +539,43 @@ async def stall_to_client(node: RabbitMQ, proxy: Proxy) -> None:
     proxy.flow()
 
 
-FAULTS = [
-    kill_and_start,
-    close_all,
-    pause_past_the_heartbeat,
-    half_open,
-    stall_to_broker,
-    stall_to_client,
-]
+@pytest.mark.parametrize(
+    "fault",
+    [
+        kill_and_start,
+        close_all,
+        pause_past_the_heartbeat,
+        half_open,
+        stall_to_broker,
+        stall_to_client,
+    ],
+)
+async def test_comes_back_by_itself(
+    node: RabbitMQ, node_url: str, queue_name: str, fault: Any
+) -> None:
+    """After every fault of broker and network the consumer comes back by itself, and tells so."""
+    handled: set[Any] = set()
+    async with Proxy(node.port) as proxy, asyncio.TaskGroup() as tasks:
+        worker = Worker(proxy.url(node_url), heartbeat=1, connect_timeout=2, grace=5)
 
+        @worker.handler(queue_name, concurrency=2)
+        async def handle(body: Any) -> None:
+            handled.add(body)
 
-async def test_comes_back_from_everything(node: RabbitMQ, node_url: str, queue_name: str) -> None:
-    """After each fault of broker and network the consumer comes back by itself, and tells so."""
-    for fault in FAULTS:
-        async with Proxy(node.port) as proxy:
-            worker = Worker(proxy.url(node_url), heartbeat=1, connect_timeout=2, grace=5)
-            handled: set[Any] = set()
-            was_unready = asyncio.Event()
-
-            @worker.handler(queue_name, concurrency=2)
-            async def handle(body: Any, handled: set[Any] = handled) -> None:
-                handled.add(body)
-
-            async def watch(worker: Worker = worker, seen: asyncio.Event = was_unready) -> None:
-                await eventually(lambda: not worker.is_ready)
-                seen.set()
-
-            async with worker:
-                watching = asyncio.create_task(watch())
-                await fault(node, proxy)
-                await was_unready.wait()
-                await watching
-                await worker.wait_ready(timeout=30)
-                statistics = worker.statistics()
-                assert statistics.is_connected
-                assert statistics.reconnects >= 1
-                assert statistics.consumers[queue_name].losses >= 1
-                assert statistics.consumers[queue_name].last_error
-                async with Producer(node_url) as producer:
-                    await producer.publish_many(queue_name, range(20))
-                await eventually(lambda: len(handled) == 20)
-            state = worker.statistics().consumers[queue_name].state
-            assert state is ConsumerState.STOPPED, fault
+        async with worker:
+            was_lost = tasks.create_task(eventually(lambda: not worker.is_ready))
+            await fault(node, proxy)
+            await was_lost
+            await worker.wait_ready()
+            statistics = worker.statistics()
+            assert statistics.is_connected
+            assert statistics.reconnects >= 1
+            assert statistics.consumers[queue_name].losses >= 1
+            assert statistics.consumers[queue_name].last_error
+            async with Producer(node_url) as producer:
+                await producer.publish_many(queue_name, range(20))
+            await eventually(lambda: len(handled) == 20)
+        assert worker.statistics().consumers[queue_name].state is ConsumerState.STOPPED
 
 
 async def test_refused_for_good_after_an_outage(
@@ -674,7 +656,7 @@ async def test_alarm_does_not_stop_workers(node: RabbitMQ, node_url: str, queue_
         {"timestamp": 1_700_000_000_000},
         {"priority": 255},
         {"expiration": "60000"},
-        {"headers": {"nested": {"list": [1, "two", None, True, 2.5]}}},
+        {"headers": {"nested": {"list": [1, "two", None, True]}}},
         {"headers": {"x-aioworkq-attempts": "many"}},
         {"headers": {"x-aioworkq-attempts": [1]}},
         {"headers": {"x-aioworkq-attempts": -5}},
@@ -720,10 +702,19 @@ async def test_header_of_the_first_failure(broker: Broker, url: str, queue_name:
 
 
 async def test_nothing_leaks(
-    rabbitmq: RabbitMQ, broker: Broker, proxy: Proxy, proxy_url: str, url: str, queue_name: str
+    rabbitmq: RabbitMQ,
+    broker: Broker,
+    proxy: Proxy,
+    proxy_url: str,
+    url: str,
+    queue_name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """After 300 lost connections there are as many tasks, threads, sockets and objects as before."""
-    worker = Worker(proxy_url)
+    for name in ("connection._BACKOFF_FIRST", "connection._SETTLED_AFTER"):
+        monkeypatch.setattr(f"aioworkq.amqp.{name}", 0.001)
+    monkeypatch.setattr("aioworkq.consumer._GOOD_AFTER", 0)
+    worker = Worker(proxy_url, heartbeat=1)  # timers of dead connections end with a heartbeat
 
     @worker.handler(Queue(queue_name, int), concurrency=2, prefetch_count=5)
     async def handle(number: int) -> None:
@@ -739,8 +730,6 @@ async def test_nothing_leaks(
     async def cut(times: int) -> None:
         for number in range(times):
             await producer.publish(Queue(queue_name, int), number)
-            # Waiting for nothing but the next connection, and never for the backoff.
-            worker._consumers[0]._connection._failures = 0  # type: ignore[attr-defined]
             reconnects = worker.statistics().reconnects
             proxy.cut()
             await eventually(lambda n=reconnects: worker.statistics().reconnects > n)
@@ -764,8 +753,8 @@ async def test_nothing_leaks(
         consumer = worker._consumers[0]
         assert not consumer._orphans
         assert consumer._slots_used == 0
-        # The memory of acks is bounded; everything else is gone.
-        assert objects() - count < 20_000
+        await eventually(lambda: objects() - count < 10_000)
+        print(f"{objects() - count} more objects after 270 connections")
         found = await channels(rabbitmq, queue_name)
         assert len(found) == 1
     assert await broker.ready(queue_name) == 0
