@@ -18,7 +18,8 @@ demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
 	$(BIN)/python examples/demo.py
 
 test: lint rabbitmq
-	$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
+		--cov --cov-report=term-missing:skip-covered
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check

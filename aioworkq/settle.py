@@ -245,7 +245,7 @@ class Settler:
             "%r was dead-lettered to %r: %s.",
             delivery,
             self._queue.dead_letter_queue,
-            outcome.reason,
+            str(outcome.reason).rstrip("."),
         )
         return Settled.ACKED
 

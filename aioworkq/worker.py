@@ -431,8 +431,11 @@ class Worker:
         from another thread.
 
         Args:
-            grace: Seconds that running handlers get; None for the worker's.
+            grace: Seconds that running handlers get; None for the worker's, or for what an earlier
+                call gave.
         """
+        if grace is None and self._stopping.is_set():
+            return
         seconds = self._grace if grace is None else _checked_grace(grace)
         loop = self._loop
         if loop is None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["no_complaints"]
 
-TOP_OF_A_SECOND = "aioworkq.v1.delay.03"  # eight eighths
+HALF_A_SECOND = "aioworkq.v1.delay.02"  # four eighths
 
 
 @pytest.fixture
@@ -184,18 +184,18 @@ async def test_a_deleted_delay_queue_is_declared_again(
     producer: Producer, broker: Broker, url: str, queue_name: str, broken: str
 ) -> None:
     """Whoever deletes what delays are made of, the next delayed message mends it."""
-    await producer.publish(queue_name, b"1", delay=1)
+    await producer.publish(queue_name, b"1", delay=0.5)
     await broker.take(queue_name)
     connection = await aiormq.connect(url)
     channel = await connection.channel()
     if broken in {"queue", "everything"}:
-        await channel.queue_delete(TOP_OF_A_SECOND)
+        await channel.queue_delete(HALF_A_SECOND)
     if broken in {"exchange", "everything"}:
-        await channel.exchange_delete(TOP_OF_A_SECOND)
+        await channel.exchange_delete(HALF_A_SECOND)
     if broken == "everything":
         await channel.exchange_delete(DELIVERY_EXCHANGE)
     await connection.close()
-    results = await asyncio.gather(*(producer.publish(queue_name, b"2", delay=1) for _ in "abc"))
+    results = await asyncio.gather(*(producer.publish(queue_name, b"2", delay=0.5) for _ in "abc"))
     assert len(results) == 3
     await eventually(lambda: _has(broker, queue_name, 3))
     assert producer.statistics().not_confirmed == 0

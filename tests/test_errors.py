@@ -36,9 +36,7 @@ SENTENCES: list[tuple[Exception, str]] = [
         "reachable at the URL, or allow a longer timeout.",
     ),
     (
-        AccessRefusedError(
-            "connecting to amqp://a:5672/", reason="NOT_ALLOWED - vhost x not found"
-        ),
+        AccessRefusedError("connecting to amqp://a:5672/", reason="NOT_ALLOWED - no vhost x"),
         "connecting to amqp://a:5672/: NOT_ALLOWED - no vhost x. Correct the user, the "
         "password, the virtual host or the user's permissions.",
     ),

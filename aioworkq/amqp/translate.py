@@ -52,7 +52,7 @@ def describe(exc: BaseException | None) -> str:
     if isinstance(exc, OSError) and exc.strerror and not isinstance(exc, aiormq_errors.AMQPError):
         return exc.strerror
     texts = [str(arg) for arg in exc.args if arg is not None and arg != ""]
-    return " ".join(texts) or type(exc).__name__
+    return " ".join(texts).rstrip(".") or type(exc).__name__
 
 
 def closing_exception(future: asyncio.Future[Any]) -> BaseException | None:
