@@ -329,7 +329,8 @@ class Consumer:
         """Remember that a message comes back, and that this was no attempt."""
         message = run.delivery.message
         if run.delivery.redelivered and not is_counted_by_broker(message.headers):
-            self._memory.started(message)  # a classic queue's flag is set already: it counts no more
+            # A classic queue's flag is set already: it counts no more.
+            self._memory.started(message)
         else:
             self._memory.excuse(message)
 

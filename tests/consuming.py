@@ -1,4 +1,4 @@
-"""What the tests of the consuming half share: the broker seen from beside, and waiting for facts."""
+"""What the tests of the consuming half share: a look from beside, and waiting for facts."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ PATIENCE = 30.0
 """Seconds within which a fact must come true. On a machine that is not overloaded it takes few."""
 
 
-async def eventually(fact: Callable[[], Any], *, timeout: float = PATIENCE) -> None:
+async def eventually(
+    fact: Callable[..., Any],
+    *arguments: Any,
+    timeout: float = PATIENCE,
+) -> None:
     """Wait until a function, or a coroutine function, returns something true."""
     async with asyncio.timeout(timeout):
         while True:
-            value = fact()
+            value = fact(*arguments)
             if inspect.isawaitable(value):
                 value = await value
             if value:
@@ -127,9 +131,9 @@ def headers_of(message: DeliveredMessage) -> dict[str, Any]:
 async def crash(node: RabbitMQ) -> None:
     """Kill a node whose queues are not brand new.
 
-    RabbitMQ 3.10 writes a new quorum queue's name to disk some seconds after it was declared. Killed
-    before that, it comes back without the queue's log: confirmed messages are lost, and the queue
-    never gets a leader. No client can help that, so these tests have it written first.
+    RabbitMQ 3.10 writes a new quorum queue's name to disk some seconds after it was declared.
+    Killed before that, it comes back without the queue's log: confirmed messages are lost, and the
+    queue never gets a leader. No client can help that, so these tests have it written first.
     """
     await node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
     await node.kill()

@@ -102,7 +102,7 @@ async def test_a_slow_message_does_not_hold_the_others(url: str, queue_name: str
 
 @TYPES
 async def test_shutdown_is_no_attempt(url: str, queue_name: str, kind: QueueType) -> None:
-    """A handler that a shutdown cancelled is started again as the same attempt, three times over."""
+    """A handler that a shutdown cancelled starts again as the same attempt, three times over."""
     queue: Queue[Any] = Queue(queue_name, type=kind)
     attempts: list[int] = []
     async with Producer(url) as producer:
@@ -179,7 +179,10 @@ async def test_losing_the_connection_unstarted_is_no_attempt(
         for losses in (1, 2, 3):
             await eventually(lambda: worker.statistics().waiting >= 9)
             proxy.cut()
-            await eventually(lambda n=losses: worker.statistics().consumers[queue_name].losses == n)
+            await eventually(
+                lambda n: worker.statistics().consumers[queue_name].losses == n,
+                losses,
+            )
             await worker.wait_ready()
         await eventually(lambda: worker.statistics().waiting >= 9)
         release.set()
@@ -372,7 +375,7 @@ async def test_plain_function_that_returns_an_awaitable(
     async def work(body: Any) -> None:
         raise AssertionError
 
-    worker.handler(queue, attempts=1)(lambda body: work(body))
+    worker.handler(queue, attempts=1)(lambda body: work(body))  # noqa: PLW0108 - no coroutine function
     async with worker, Producer(url) as producer:
         await producer.publish(queue, "x")
         dead = await broker.take(queue.dead_letter_queue)
@@ -420,7 +423,7 @@ async def test_classic_counts_every_redelivery(
         proxy.accept()
     assert attempts == [1, 2, 3]
     last = Worker(proxy_url)
-    last.handler(queue, attempts=3)(handle)
+    last.handler(queue, attempts=3)(handle)  # pyright: ignore[reportPossiblyUnboundVariable]
     async with last:
         dead = await broker.take(queue.dead_letter_queue)
     assert attempts == [1, 2, 3]

@@ -9,12 +9,12 @@ import anyio.to_thread
 import pika
 import pytest
 
-from pika.adapters.blocking_connection import BlockingChannel
-
 from aioworkq import Delivery, Producer, Queue, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pika.adapters.blocking_connection import BlockingChannel
 
 pytestmark = pytest.mark.anyio
 
@@ -91,6 +91,8 @@ async def test_pika_consumes_what_we_published(
         channel.queue_declare(queue="task_queue", durable=True)
         for method, properties, body in channel.consume("task_queue", inactivity_timeout=10):
             assert method is not None, "nothing came"
+            assert body is not None
+            assert properties is not None
             got.append((body, properties))
             channel.basic_ack(method.delivery_tag)
             break
@@ -113,6 +115,7 @@ async def test_text_has_no_quotes_for_others(url: str) -> None:
 
     def consume(channel: BlockingChannel) -> None:
         _, _, body = channel.basic_get("texts", auto_ack=True)
+        assert body is not None
         got.append(body)
 
     await in_thread(consume, url)

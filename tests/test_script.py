@@ -18,7 +18,7 @@ from aioworkq import Producer, Queue, Worker
 from tests.consuming import PATIENCE, Broker, eventually, headers_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
 
     from aioworkq.topology import QueueType
 
@@ -59,7 +59,7 @@ class Script:
 
 
 @contextlib.asynccontextmanager
-async def script(url: str, queue: Queue[object], source: str) -> AsyncIterator[Script]:
+async def script(url: str, queue: Queue[object], source: str) -> AsyncGenerator[Script, None]:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-X", "dev", "-W", "error", "-c", PRELUDE + textwrap.dedent(source)),
         *(url, queue.name, queue.type),
@@ -77,7 +77,7 @@ async def script(url: str, queue: Queue[object], source: str) -> AsyncIterator[S
 
 
 @pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
+async def broker(url: str) -> AsyncGenerator[Broker]:
     async with Broker(url) as broker:
         yield broker
 

@@ -105,7 +105,7 @@ async def test_undecodable_is_dead_lettered_at_once(
     body: bytes,
     reason: str,
 ) -> None:
-    """A message that can never be handled goes to `<queue>.dead` with the reason, and never runs."""
+    """A message that can never be handled goes to `<queue>.dead` with the reason, unrun."""
     queue: Queue[Any] = Queue(queue_name, body_type, type=kind)
     worker = Worker(url)
     runs = 0
@@ -354,7 +354,7 @@ async def test_broken_on_error(
     on_error: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An `on_error` that raises or returns nonsense is logged, and the message goes the usual way."""
+    """An `on_error` that raises or returns nonsense is logged; the message goes the usual way."""
     queue: Queue[Any] = Queue(queue_name)
     worker = Worker(url)
     attempts: list[int] = []
@@ -492,7 +492,7 @@ async def test_dead_letter_fits_beside_large_headers(
 async def test_headers_that_cannot_be_written_again(
     broker: Broker, url: str, queue_name: str
 ) -> None:
-    """A message with foreign header types (pika writes Decimals) can be retried or dead-lettered."""
+    """A message with foreign header types (pika writes Decimals) is retried or dead-lettered."""
     queue: Queue[Any] = Queue(queue_name)
     worker = Worker(url)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -156,9 +157,9 @@ async def test_run_twice(url: str, queue_name: str) -> None:
     worker = Worker(url)
     worker.handler(queue_name)(handle)
     async with worker:
-        with pytest.raises(StateError, match="it runs already. Make a new Worker"):
+        with pytest.raises(StateError, match=r"it runs already\. Make a new Worker"):
             await worker.run()
-    with pytest.raises(StateError, match="it has ended. Make a new Worker"):
+    with pytest.raises(StateError, match=r"it has ended\. Make a new Worker"):
         await worker.run()
 
 
@@ -207,7 +208,7 @@ async def run_and_cancel(worker: Worker, work: Callable[[], Any]) -> None:
 
 @pytest.mark.parametrize("way", [run_in_body, run_in_anyio, run_in_asyncio, run_and_cancel])
 async def test_ways_to_run(url: str, queue_name: str, way: Any) -> None:
-    """A worker runs as a body, in a task group of anyio or asyncio, or as a task that is cancelled."""
+    """A worker runs as a body, in a task group of either kind, or as a task that is cancelled."""
     worker = Worker(url)
     worker.handler(queue_name)(handle)
     assert not worker.is_ready
@@ -229,7 +230,7 @@ async def test_enter_and_exit_in_different_tasks(url: str, queue_name: str) -> N
     worker.handler(queue_name)(handle)
     await asyncio.create_task(worker.__aenter__())
     assert worker.is_ready
-    await asyncio.create_task(worker.__aexit__(None, None, None))  # type: ignore[func-returns-value]
+    await asyncio.create_task(worker.__aexit__(None, None, None))
     assert not worker.statistics().is_connected
 
 
@@ -493,10 +494,8 @@ class TestPermissionRevoked:
         with pytest.raises(TopologyError):
             async with worker:
                 await revoke()
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(60)
-                except asyncio.CancelledError:
-                    pass
         await asyncio.sleep(0)
 
     async def test_a_cancellation_from_outside_wins(
@@ -546,4 +545,4 @@ async def test_body_that_cannot_begin(proxy: Proxy, proxy_url: str, queue_name: 
 def test_public_names() -> None:
     """What a user of workers needs is at the top level."""
     assert aioworkq.Worker is Worker
-    assert aioworkq.run
+    assert callable(aioworkq.run)

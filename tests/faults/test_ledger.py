@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.slow]
 # What a crash interrupts in a delay queue RabbitMQ takes up again three minutes later (see its
 # dead_letter_worker_publisher_confirm_timeout). So odd seeds have delays, and even ones crashes.
 PRODUCERS: Final = 20
-MESSAGES: Final = 2_000
+MESSAGES: Final = 4_000
 SEEDS: Final = [*range(1, 10), None]
 """Nine that stay the same, and one that is new each time."""
 

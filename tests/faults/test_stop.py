@@ -1,9 +1,10 @@
 """Stopping a worker in every phase, whatever the broker does: in order, bounded, nothing lost.
 
 The bound: `run` returns within ``grace`` and at most ten steps of 5 s each, of which a healthy or
-a dead broker takes none. A step is: subscribe or not, cancel the consumers, give back what was not started, give back
-what was cancelled, write the acks, close the channels, close the connection; flush the copies,
-close their channel, close their connection. All consumers take each step together.
+a dead broker takes none. A step is: subscribe or not, cancel the consumers, give back what was
+not started, give back what was cancelled, write the acks, close the channels, close the
+connection; flush the copies, close their channel, close their connection. All consumers take each
+step together.
 """
 
 from __future__ import annotations
@@ -498,7 +499,7 @@ async def alarmed(node: RabbitMQ) -> bool:
 async def test_heartbeats_go_on(
     broker: Broker, proxy: Proxy, proxy_url: str, queue_name: str
 ) -> None:
-    """While a worker drains, heartbeats are sent: RabbitMQ keeps the connection, the ack arrives."""
+    """While a worker drains, heartbeats go on: RabbitMQ keeps the connection, the ack arrives."""
     worker = Worker(proxy_url, heartbeat=1, grace=60)
     started = asyncio.Event()
 
