@@ -28,7 +28,7 @@ from aioworkq.topology import Queue, as_queue
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from types import TracebackType
 
     from anyio.abc import TaskGroup, TaskStatus
@@ -312,7 +312,7 @@ class Worker:
             if not self._stopping.is_set():
                 await self._run(task_status)
         finally:
-            await self._close()
+            await _to_the_end(self._close())
         if self._error is not None:
             raise self._error
         if not self._was_announced:
@@ -328,12 +328,13 @@ class Worker:
                     supervision.start_soon(self._announce, task_status)
                     try:
                         await self._stopping.wait()
-                        await self._drain(handlers)
-                    finally:
-                        self._begin_stop()  # cancelled: no handler may be started any more
+                    finally:  # cancelled, too: nothing may be started any more
+                        self._stopping.set()
+                        await _to_the_end(self._stop_consuming())
+                    await self._drain(handlers)
             finally:
                 # Before the supervising tasks end: what they wait for ends with the connection.
-                await self._close_consumers()
+                await _to_the_end(self._close_consumers())
                 supervision.cancel_scope.cancel()
 
     async def _supervise(self, consumer: Consumer, handlers: TaskGroup) -> None:
@@ -354,27 +355,25 @@ class Worker:
             self._was_announced = True
             task_status.started()
 
-    def _begin_stop(self) -> None:
-        """Let nothing more be started, and no copy take long."""
-        self._stopping.set()
+    async def _stop_consuming(self) -> None:
+        """Take no more deliveries, and let no copy take long. Bounded."""
         self._changes.notify()
-        for consumer in self._consumers:
-            consumer.hurry()
-
-    async def _drain(self, handlers: TaskGroup) -> None:
-        """End what runs.
-
-        1. No consumer takes more deliveries.
-        2. What was delivered and not started goes back.
-        3. Running handlers get until the end of the grace period; heartbeats go on.
-        4. The rest is cancelled, and goes back uncounted.
-        """
-        self._begin_stop()
         if self._deadline == math.inf:
             self._deadline = anyio.current_time() + self._grace
         async with anyio.create_task_group() as tasks:
             for consumer in self._consumers:
+                consumer.hurry()
                 tasks.start_soon(consumer.stop_consuming)
+
+    async def _drain(self, handlers: TaskGroup) -> None:
+        """End what runs.
+
+        No consumer takes more deliveries by now.
+
+        1. What was delivered and not started goes back.
+        2. Running handlers get until the end of the grace period; heartbeats go on.
+        3. The rest is cancelled, and goes back uncounted.
+        """
         async with anyio.create_task_group() as tasks:
             for consumer in self._consumers:
                 tasks.start_soon(consumer.give_back_unstarted)
@@ -407,19 +406,17 @@ class Worker:
 
     async def _close_consumers(self) -> None:
         """Close all consumers at a time, then their connection. Bounded, twice harmless."""
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as tasks:
-                for consumer in self._consumers:
-                    tasks.start_soon(consumer.close)
-            await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
+        async with anyio.create_task_group() as tasks:
+            for consumer in self._consumers:
+                tasks.start_soon(consumer.close)
+        await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
 
     async def _close(self) -> None:
         """Close everything, whatever happened. Bounded."""
         self._stopping.set()
-        with anyio.CancelScope(shield=True):
-            await self._close_consumers()
-            await self._outbox.flush(timeout=_CLOSE_TIMEOUT)
-            await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
+        await self._close_consumers()
+        await self._outbox.flush(timeout=_CLOSE_TIMEOUT)
+        await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
         self._has_ended = True
         self._changes.notify()
 
@@ -602,12 +599,30 @@ class _Background:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             self._worker.stop(grace=0)
-            with anyio.CancelScope(shield=True):
-                await asyncio.wait({task})
+            await _to_the_end(task)
             raise
         finally:
             if task.done() and not task.cancelled():
                 task.exception()
+
+
+async def _to_the_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+    """Wait for bounded work that must not be left half done, however often we are cancelled.
+
+    AnyIO's shield keeps its own cancellations away, and not those of `asyncio.Task.cancel`.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait({task})
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+    if cancelled is not None:
+        raise cancelled
+    if not task.cancelled():
+        task.result()
 
 
 def _checked_grace(grace: float) -> float:

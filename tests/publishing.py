@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
+    from aioworkq import Producer
     from aioworkq.testing import RabbitMQ
 
 
@@ -39,6 +40,12 @@ async def memory_alarm(node: RabbitMQ) -> AsyncGenerator[None]:
         yield
     finally:
         await node.eval(f"{monitor}({{absolute, 1000000000}})")
+
+
+def is_cut_off(producer: Producer) -> bool:
+    """Whether a producer has noticed that its connection is lost: nothing is sent from now on."""
+    outbox = producer._outbox
+    return outbox is not None and outbox._channel is None
 
 
 def open_files() -> int:

@@ -12,7 +12,7 @@ import pytest
 from aioworkq import NotConfirmedError, Producer, Queue, StateError, TopologyError, UnroutableError
 from aioworkq.batch import PublishReport
 from tests.consuming import Broker, eventually
-from tests.publishing import no_complaints
+from tests.publishing import is_cut_off, no_complaints
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -264,7 +264,7 @@ async def test_cancelling_waits_for_nothing_and_sends_nothing_more(
         await producer.publish(queue, b"first")
         proxy.cut()
         proxy.refuse()
-        await eventually(lambda: not producer.statistics().is_connected)
+        await eventually(lambda: is_cut_off(producer))
         task = asyncio.create_task(producer.publish_many(queue, numbers(1000)))
         await eventually(lambda: producer.statistics().pending == 50)
         task.cancel()

@@ -271,6 +271,29 @@ async def test_thread_handlers(url: str, queue_name: str) -> None:
 
 
 @TYPES
+async def test_coroutine_that_exceeds_its_time(url: str, queue_name: str, kind: QueueType) -> None:
+    """A coroutine past its timeout is cancelled, which is a failure, and its slot is free again."""
+    queue = Queue(queue_name, str, type=kind)
+    worker = Worker(url)
+    log: list[str] = []
+
+    @worker.handler(queue, concurrency=1, timeout=0.2)
+    async def handle(body: str, delivery: Delivery) -> None:
+        if delivery.attempt == 1:
+            try:
+                await anyio.sleep_forever()
+            finally:
+                log.append("cancelled")
+        log.append(f"attempt {delivery.attempt}")
+
+    async with worker, Producer(url) as producer:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().handled == 1)
+    assert log == ["cancelled", "attempt 2"]
+    assert worker.statistics().failed == 1
+
+
+@TYPES
 async def test_thread_that_exceeds_its_time(url: str, queue_name: str, kind: QueueType) -> None:
     """A thread past its timeout keeps its slot, and its message is not run again beside it."""
     queue = Queue(queue_name, str, type=kind)

@@ -36,6 +36,12 @@ if TYPE_CHECKING:
 TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
 
+@pytest.fixture(autouse=True)
+def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a message whose copy failed go back sooner than it does for users."""
+    monkeypatch.setattr("aioworkq.settle._FAILED_COPY_PAUSE", 0.5)
+
+
 @pytest.fixture
 async def broker(url: str) -> AsyncIterator[Broker]:
     async with Broker(url) as broker:

@@ -24,7 +24,7 @@ from aioworkq import (
 from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, eventually
 from tests.proxy import Proxy
-from tests.publishing import memory_alarm, no_complaints
+from tests.publishing import is_cut_off, memory_alarm, no_complaints
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -165,7 +165,7 @@ async def test_a_delayed_batch_waits_out_an_outage(
     """A batch with a delay declares its way once the connection is back."""
     proxy.refuse()
     proxy.cut()
-    await eventually(lambda: not producer.statistics().is_connected)
+    await eventually(lambda: is_cut_off(producer))
     numbers = (b"%d" % number for number in range(20))
     task = asyncio.create_task(producer.publish_many(queue, numbers, delay=0.2))
     await eventually(lambda: producer._outbox and producer._outbox._expected)
@@ -182,7 +182,7 @@ async def test_an_outage_that_outlasts_the_timeout_says_what_is_known(
     await eventually(lambda: _has(broker, queue, 2))
     proxy.refuse()
     proxy.cut()
-    await eventually(lambda: not producer.statistics().is_connected)
+    await eventually(lambda: is_cut_off(producer))
     waiting = asyncio.create_task(producer.publish(queue, b"no", timeout=0.5, message_id="m2"))
     undeclared = asyncio.create_task(producer.publish("undeclared", b"no", timeout=0.5))
     with pytest.raises(OutcomeUnknownError) as unknown:
@@ -404,7 +404,7 @@ async def test_a_user_who_is_deleted_is_refused_for_good(node: RabbitMQ, queue_n
                 f'rabbit_auth_backend_internal:delete_user(<<"{queue_name}">>, <<"test">>)'
             )
             proxy.cut()
-            await eventually(lambda: not producer.statistics().is_connected)
+            await eventually(lambda: is_cut_off(producer))
             with pytest.raises(AccessRefusedError, match="Login was refused"):
                 await producer.publish(queue, b"x")
             with pytest.raises(AccessRefusedError, match="Login was refused"):
@@ -534,7 +534,7 @@ async def test_a_lost_heartbeat_is_no_cancellation(
             sent = tasks.create_task(producer.publish(queue, b"sent"))
             unknown = tasks.create_task(_outcome(producer.publish(queue, b"unknown", timeout=1)))
             undeclared = tasks.create_task(_outcome(producer.publish("other", b"x", timeout=1)))
-            await eventually(lambda: not producer.statistics().is_connected)
+            await eventually(lambda: is_cut_off(producer))
             late = tasks.create_task(_outcome(producer.publish(queue, b"late", timeout=0.1)))
             await asyncio.wait([late])
             proxy.flow()

@@ -31,12 +31,21 @@ from tests.consuming import Broker, channels, crash, eventually, headers_of, pub
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
     from anyio.from_thread import BlockingPortal
 
     from aioworkq.topology import QueueType
     from tests.proxy import Direction
+
+    Fault = Callable[[RabbitMQ, Proxy], Awaitable[None]]
+
+
+@pytest.fixture(autouse=True)
+def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give the steps of a stop less time than users get: no test waits for the sake of waiting."""
+    monkeypatch.setattr("aioworkq.settle._STOPPING_TIMEOUT", 1.0)
+
 
 TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
@@ -543,26 +552,12 @@ async def stall_to_client(node: RabbitMQ, proxy: Proxy) -> None:
     proxy.flow()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        kill_and_start,
-        close_all,
-        pause_past_the_heartbeat,
-        half_open,
-        stall_to_broker,
-        stall_to_client,
-    ],
-)
-async def test_comes_back_by_itself(
-    node: RabbitMQ, node_url: str, queue_name: str, fault: Any
-) -> None:
-    """After every fault of broker and network the consumer comes back by itself, and tells so."""
+async def check_comes_back(node: RabbitMQ, url: str, queue: str, fault: Fault) -> None:
     handled: set[Any] = set()
     async with Proxy(node.port) as proxy, asyncio.TaskGroup() as tasks:
-        worker = Worker(proxy.url(node_url), heartbeat=1, connect_timeout=2, grace=5)
+        worker = Worker(proxy.url(url), heartbeat=1, connect_timeout=2, grace=5)
 
-        @worker.handler(queue_name, concurrency=2)
+        @worker.handler(queue, concurrency=2)
         async def handle(body: Any) -> None:
             handled.add(body)
 
@@ -574,12 +569,30 @@ async def test_comes_back_by_itself(
             statistics = worker.statistics()
             assert statistics.is_connected
             assert statistics.reconnects >= 1
-            assert statistics.consumers[queue_name].losses >= 1
-            assert statistics.consumers[queue_name].last_error
-            async with Producer(node_url) as producer:
-                await producer.publish_many(queue_name, range(20))
+            assert statistics.consumers[queue].losses >= 1
+            assert statistics.consumers[queue].last_error
+            async with Producer(url) as producer:
+                await producer.publish_many(queue, range(20))
             await eventually(lambda: len(handled) == 20)
-        assert worker.statistics().consumers[queue_name].state is ConsumerState.STOPPED
+        assert worker.statistics().consumers[queue].state is ConsumerState.STOPPED
+
+
+@pytest.mark.parametrize("fault", [kill_and_start, close_all, pause_past_the_heartbeat])
+async def test_comes_back_to_the_broker(
+    node: RabbitMQ, node_url: str, queue_name: str, fault: Fault
+) -> None:
+    """After a crash, a closed or a frozen broker the consumer comes back by itself, and says so."""
+    await check_comes_back(node, node_url, queue_name, fault)
+
+
+async def test_comes_back_through_the_network(
+    node: RabbitMQ, node_url: str, queue_name: str
+) -> None:
+    """After a network that swallows, or stalls in one direction, it comes back as well."""
+    async with asyncio.TaskGroup() as tasks:
+        for number, fault in enumerate((half_open, stall_to_broker, stall_to_client)):
+            queue = f"{queue_name}.{number}"
+            tasks.create_task(check_comes_back(node, node_url, queue, fault))
 
 
 async def test_refused_for_good_after_an_outage(
@@ -633,11 +646,7 @@ async def test_alarm_does_not_stop_workers(node: RabbitMQ, node_url: str, queue_
             await producer.publish_many(Queue(queue_name, int), range(30))
             await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
             try:
-
-                async def alarmed() -> bool:
-                    return "memory" in await node.eval("rabbit_alarm:get_alarms()")
-
-                await eventually(alarmed)
+                await eventually(lambda: is_alarmed(node))
                 async with worker:
                     await eventually(lambda: len(handled) == 10)
                     proxy.cut()
@@ -649,6 +658,32 @@ async def test_alarm_does_not_stop_workers(node: RabbitMQ, node_url: str, queue_
                     assert not worker._connection.is_blocked
             finally:
                 await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+
+
+async def test_stop_during_an_alarm(node: RabbitMQ, node_url: str, queue_name: str) -> None:
+    """A stop during an alarm waits a few seconds for its copies, then gives back by a nack."""
+    worker = Worker(node_url, grace=0)
+
+    @worker.handler(Queue(queue_name, int), concurrency=1, prefetch_count=20)
+    async def handle(number: int) -> None:
+        await anyio.sleep_forever()
+
+    async with Broker(node_url) as broker, Producer(node_url) as producer:
+        await producer.publish_many(Queue(queue_name, int), range(50))
+        await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
+        try:
+            await eventually(lambda: is_alarmed(node))
+            async with worker, asyncio.timeout(60):
+                await eventually(lambda: worker.statistics().waiting == 19)
+                worker.stop()
+        finally:
+            await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+        left = {int(message.body) for message in await broker.take_all(queue_name)}
+    assert left == set(range(50))
+
+
+async def is_alarmed(node: RabbitMQ) -> bool:
+    return "memory" in await node.eval("rabbit_alarm:get_alarms()")
 
 
 # Odd messages
