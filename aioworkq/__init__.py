@@ -6,7 +6,6 @@ it.
 """
 
 from aioworkq.batch import PublishReport
-from aioworkq.consumer import ConsumerStatistics
 from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
 from aioworkq.errors import (
     AccessRefusedError,
@@ -26,11 +25,12 @@ from aioworkq.errors import (
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.message import Delivery, Message
 from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
-from aioworkq.producer import Producer, ProducerStatistics
+from aioworkq.producer import Producer
 from aioworkq.retry import RetryPolicy
 from aioworkq.script import run
+from aioworkq.statistics import ConsumerStatistics, ProducerStatistics, WorkerStatistics
 from aioworkq.topology import Queue
-from aioworkq.worker import Worker, WorkerStatistics
+from aioworkq.worker import Worker
 
 __version__ = "0.1.0"
 

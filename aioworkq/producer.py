@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import uuid
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
@@ -30,6 +29,7 @@ from aioworkq.errors import (
 )
 from aioworkq.message import Message
 from aioworkq.outbox import Outbox
+from aioworkq.statistics import ProducerStatistics
 from aioworkq.topology import Queue, as_queue, declarations
 
 if TYPE_CHECKING:
@@ -44,37 +44,6 @@ _log = logging.getLogger("aioworkq")
 _DECLARE_PAUSE: Final = 0.1
 _DECLARE_TIMEOUT: Final = 10.0
 _CLOSE_TIMEOUT: Final = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class ProducerStatistics:
-    """A producer at one moment; the numbers count from its start.
-
-    Attributes:
-        is_connected: Whether the connection is usable, as far as this side can know.
-        is_blocked: Whether RabbitMQ blocks publishers (memory or disk alarm).
-        pending: Messages whose outcome is not known yet.
-        in_flight: Those of them that were sent.
-        confirmed: Messages that RabbitMQ took responsibility for.
-        unroutable: Messages returned because no queue took them.
-        not_confirmed: Messages that RabbitMQ refused.
-        unknown: Messages that got no answer in time.
-        resent: Messages sent again because a connection was lost before their confirm.
-        reconnects: How often the connection came back.
-        last_error: Why it was last lost or not made; empty if it never was.
-    """
-
-    is_connected: bool
-    is_blocked: bool
-    pending: int
-    in_flight: int
-    confirmed: int
-    unroutable: int
-    not_confirmed: int
-    unknown: int
-    resent: int
-    reconnects: int
-    last_error: str
 
 
 class Producer:

@@ -10,25 +10,26 @@ import asyncio
 import contextlib
 import logging
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 
 import anyio
 from anyio import TASK_STATUS_IGNORED
 
 from aioworkq.amqp import AmqpConnection
+from aioworkq.background import Background, to_the_end
 from aioworkq.changes import Changes
-from aioworkq.consumer import Consumer, ConsumerStatistics
+from aioworkq.consumer import Consumer
 from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.handler import Handler, OnConnectionLoss, make_handler
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.outbox import Outbox
 from aioworkq.producer import check_connection_options
+from aioworkq.statistics import WorkerStatistics
 from aioworkq.topology import Queue, as_queue
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
     from anyio.abc import TaskGroup, TaskStatus
@@ -62,68 +63,6 @@ class Register(Protocol[T]):
     ) -> Callable[Concatenate[T, P], R]:
         """Register the handler."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerStatistics:
-    """A worker at one moment.
-
-    Attributes:
-        is_ready: Whether every consumer is subscribed.
-        is_connected: Whether the consuming connection is usable, as far as this side can know.
-        reconnects: How often it came back.
-        consumers: Each consumer's statistics, by the name of its queue.
-    """
-
-    is_ready: bool
-    is_connected: bool
-    reconnects: int
-    consumers: dict[str, ConsumerStatistics]
-
-    @property
-    def in_flight(self) -> int:
-        """Handlers that run now."""
-        return sum(one.in_flight for one in self.consumers.values())
-
-    @property
-    def waiting(self) -> int:
-        """Deliveries that are here and not started."""
-        return sum(one.waiting for one in self.consumers.values())
-
-    @property
-    def handled(self) -> int:
-        """Handlers that returned."""
-        return sum(one.handled for one in self.consumers.values())
-
-    @property
-    def failed(self) -> int:
-        """Handlers that raised, or exceeded their time limit."""
-        return sum(one.failed for one in self.consumers.values())
-
-    @property
-    def requeued(self) -> int:
-        """Messages given back to their queue."""
-        return sum(one.requeued for one in self.consumers.values())
-
-    @property
-    def retried(self) -> int:
-        """Messages that wait in the broker for another attempt."""
-        return sum(one.retried for one in self.consumers.values())
-
-    @property
-    def dead_lettered(self) -> int:
-        """Messages put into a dead-letter queue."""
-        return sum(one.dead_lettered for one in self.consumers.values())
-
-    @property
-    def duplicates(self) -> int:
-        """Redeliveries acked without a second run."""
-        return sum(one.duplicates for one in self.consumers.values())
-
-    @property
-    def stale_settles(self) -> int:
-        """Outcomes that came too late, because the channel was lost."""
-        return sum(one.stale_settles for one in self.consumers.values())
 
 
 class Worker:
@@ -191,7 +130,7 @@ class Worker:
         self._was_started = False
         self._was_announced = False
         self._has_ended = False
-        self._background: _Background | None = None
+        self._background: Background | None = None
 
     def handler(
         self,
@@ -312,7 +251,7 @@ class Worker:
             if not self._stopping.is_set():
                 await self._run(task_status)
         finally:
-            await _to_the_end(self._close())
+            await to_the_end(self._close())
         if self._error is not None:
             raise self._error
         if not self._was_announced:
@@ -330,11 +269,11 @@ class Worker:
                         await self._stopping.wait()
                     finally:  # cancelled, too: nothing may be started any more
                         self._stopping.set()
-                        await _to_the_end(self._stop_consuming())
+                        await to_the_end(self._stop_consuming())
                     await self._drain(handlers)
             finally:
                 # Before the supervising tasks end: what they wait for ends with the connection.
-                await _to_the_end(self._close_consumers())
+                await to_the_end(self._close_consumers())
                 supervision.cancel_scope.cancel()
 
     async def _supervise(self, consumer: Consumer, handlers: TaskGroup) -> None:
@@ -512,8 +451,8 @@ class Worker:
     # In the background
 
     async def __aenter__(self) -> Self:
-        self._background = _Background(self)
-        await self._background.start()
+        self._background = Background(self)
+        await self._background.start(timeout=self._timeout)
         return self
 
     async def __aexit__(
@@ -525,104 +464,6 @@ class Worker:
         background, self._background = self._background, None
         if background is not None:
             await background.finish(exc_value)
-
-
-class _Background:
-    """A worker that runs beside the body of ``async with worker:``.
-
-    It is a plain task, not a task group of the body, so that enter and exit may happen in different
-    tasks (as in fixtures of test frameworks). Like a task group, it cancels the body when the
-    worker fails: nobody goes on beside a worker that is dead.
-    """
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._host = asyncio.current_task()
-        self._cancellations = self._host.cancelling() if self._host is not None else 0
-        self._task: asyncio.Task[None] | None = None
-        self._is_body = False
-        self._cancelled_body = False
-
-    async def start(self) -> None:
-        worker = self._worker
-        task = asyncio.get_running_loop().create_task(worker.run(), name="aioworkq worker")
-        self._task = task
-        try:
-            ready = asyncio.ensure_future(worker.wait_ready(worker._timeout))  # noqa: SLF001 - one module
-            try:
-                await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-                if task.done():
-                    task.result()
-                if ready.done():
-                    ready.result()
-            finally:
-                ready.cancel()
-                await asyncio.wait({ready})
-                if not ready.cancelled():
-                    ready.exception()
-        except BaseException:
-            worker.stop(grace=0)
-            await self._wait()
-            raise
-        self._is_body = True
-        task.add_done_callback(self._on_done)
-
-    def _on_done(self, task: asyncio.Task[None]) -> None:
-        failed = not task.cancelled() and task.exception() is not None
-        if failed and self._is_body and self._host is not None and not self._host.done():
-            self._cancelled_body = True
-            self._host.cancel()
-
-    async def finish(self, body_error: BaseException | None) -> None:
-        self._is_body = False
-        self._worker.stop()
-        await self._wait()
-        is_ours = False
-        if self._cancelled_body and self._host is not None:
-            # The body may have been cancelled by others too: that goes before.
-            is_ours = self._host.uncancel() <= self._cancellations
-        task = self._task
-        if task is None or task.cancelled():
-            return
-        error = task.exception()
-        if error is not None and (
-            body_error is None or (is_ours and isinstance(body_error, asyncio.CancelledError))
-        ):
-            raise error
-
-    async def _wait(self) -> None:
-        """Wait for the worker's end; a cancellation of the caller stops it at once."""
-        task = self._task
-        if task is None:
-            return
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            self._worker.stop(grace=0)
-            await _to_the_end(task)
-            raise
-        finally:
-            if task.done() and not task.cancelled():
-                task.exception()
-
-
-async def _to_the_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
-    """Wait for bounded work that must not be left half done, however often we are cancelled.
-
-    AnyIO's shield keeps its own cancellations away, and not those of `asyncio.Task.cancel`.
-    """
-    task = asyncio.ensure_future(work)
-    cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait({task})
-            except asyncio.CancelledError as exc:
-                cancelled = exc
-    if cancelled is not None:
-        raise cancelled
-    if not task.cancelled():
-        task.result()
 
 
 def _checked_grace(grace: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from typing import TYPE_CHECKING, Any, Self
 
@@ -158,11 +159,10 @@ async def publish_with_pika(url: str, queue: str, *bodies: bytes, **properties: 
     """Publish as pika does: no message id, no content type, nothing but the body."""
 
     def publish() -> None:
-        connection = pika.BlockingConnection(pika.URLParameters(url))
-        channel = connection.channel()
-        channel.confirm_delivery()
-        for body in bodies:
-            channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
-        connection.close()
+        with contextlib.closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+            channel = connection.channel()
+            channel.confirm_delivery()
+            for body in bodies:
+                channel.basic_publish("", queue, body, pika.BasicProperties(**properties))
 
     await anyio.to_thread.run_sync(publish)

@@ -442,6 +442,7 @@ async def test_classic_counts_every_redelivery(
             # What a crash does: the socket goes, and nothing was given back.
             proxy.refuse()
             proxy.cut()
+            await eventually(lambda w=worker: not w.statistics().is_connected)
             tasks.cancel_scope.cancel()
         proxy.accept()
     assert attempts == [1, 2, 3]

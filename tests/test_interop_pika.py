@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Self
 
@@ -23,17 +24,16 @@ ORDERS = pytest.mark.parametrize("order", ["pika first", "ours first"])
 
 def new_task(url: str, *bodies: bytes) -> None:
     """Publish as `new_task.py` of RabbitMQ's second tutorial does."""
-    connection = pika.BlockingConnection(pika.URLParameters(url))
-    channel = connection.channel()
-    channel.queue_declare(queue="task_queue", durable=True)
-    for body in bodies:
-        channel.basic_publish(
-            exchange="",
-            routing_key="task_queue",
-            body=body,
-            properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
-        )
-    connection.close()
+    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+        channel = connection.channel()
+        channel.queue_declare(queue="task_queue", durable=True)
+        for body in bodies:
+            channel.basic_publish(
+                exchange="",
+                routing_key="task_queue",
+                body=body,
+                properties=pika.BasicProperties(delivery_mode=pika.DeliveryMode.Persistent),
+            )
 
 
 class PikaWorker:

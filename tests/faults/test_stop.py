@@ -82,10 +82,10 @@ class Running:
         self.task.result()
         for consumer in self.worker._consumers:
             assert consumer.state is ConsumerState.STOPPED
-            assert not consumer._running
-            assert not consumer._unstarted
-            assert not consumer._orphans
-            assert consumer._slots_used == 0
+            assert not consumer._runs._running
+            assert not consumer._runs._unstarted
+            assert not consumer._runs._orphans
+            assert consumer._runs._slots_used == 0
         assert not self.worker.statistics().is_connected
 
 

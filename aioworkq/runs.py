@@ -1,0 +1,443 @@
+"""Deliveries of one queue on their way through the handler: held, started, run, settled.
+
+Handlers run as tasks of the worker's task group, never inside anything that dies with a channel.
+Where the deliveries come from, and that they come at all, is ``consumer.py``'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import random
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+from anyio.lowlevel import checkpoint_if_cancelled
+
+from aioworkq.errors import DecodeError, Signal
+from aioworkq.handler import ThreadCall
+from aioworkq.message import Delivery, is_counted_by_broker, used_attempts
+from aioworkq.outcome import (
+    Ack,
+    DeadLetter,
+    Outcome,
+    Requeue,
+    Retry,
+    failure_of,
+    is_used_up,
+    outcome_of,
+)
+from aioworkq.redelivery import RedeliveryMemory, identity, is_same_message
+from aioworkq.settle import Settled, Settler, Unsettled
+
+if TYPE_CHECKING:
+    from anyio.abc import TaskGroup
+
+    from aioworkq.broker import Incoming, Subscription
+    from aioworkq.handler import Handler
+
+_log = logging.getLogger("aioworkq")
+
+_MEMORY: Final = 1000
+
+
+class Run(Unsettled):
+    """One delivery on its way through the handler."""
+
+    __slots__ = ("generation", "held", "is_done", "needs_recount", "scope", "succeeded")
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        subscription: Subscription,
+        tag: int,
+        used: int,
+        *,
+        generation: int,
+    ) -> None:
+        super().__init__(delivery, subscription, tag, used)
+        self.generation = generation
+        """The number of its subscription."""
+        self.needs_recount = False
+        """Whether the queue could not count one more start of it."""
+        self.scope: anyio.CancelScope | None = None
+        self.held: list[Run] = []
+        """Redeliveries of the same message, which wait for the end of this run."""
+        self.succeeded = False
+        """Whether the handler returned."""
+        self.is_done = False
+        """Whether the message needs no further run."""
+
+
+class Runs:
+    """The deliveries of one consumer that are not settled yet.
+
+    Args:
+        handler: What to run.
+        settler: What carries out the outcomes.
+        stopping: Set once the worker stops: then nothing is started any more.
+    """
+
+    def __init__(self, handler: Handler, *, settler: Settler, stopping: anyio.Event) -> None:
+        self._handler = handler
+        self._settler = settler
+        self._stopping = stopping
+        self._tasks: TaskGroup | None = None
+        self._running: dict[Run, None] = {}
+        self._unstarted: deque[Run] = deque()
+        self._orphans: list[Run] = []
+        self._slots_used = 0
+        self._newest: Subscription | None = None
+        self._generation = 0
+        # Of acks it keeps the number of the subscription, not the subscription: that would keep
+        # the channel, the connection and its socket.
+        self._memory: RedeliveryMemory[int] = RedeliveryMemory(
+            size=max(_MEMORY, 4 * handler.options.prefetch_count),
+        )
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._may_go_back = asyncio.Event()
+        self.duplicates = 0
+
+    def start_in(self, tasks: TaskGroup) -> None:
+        """Say where handlers run; nothing is started before."""
+        self._tasks = tasks
+
+    @property
+    def in_flight(self) -> int:
+        """How many handlers run."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many deliveries are here and not started."""
+        return len(self._unstarted) + sum(len(run.held) for run in self._orphans)
+
+    def forget_lost(self) -> None:
+        """Take note of what cannot be settled any more, because its subscription is lost."""
+        if self._newest is not None and self._newest.is_lost:
+            self._newest = None
+        for runs in (self._unstarted, *(orphan.held for orphan in self._orphans)):
+            for run in [run for run in runs if run.subscription.is_lost]:
+                runs.remove(run)
+                self._excuse(run)
+        for run in self._running:
+            if run.subscription.is_lost and not run.delivery.lost:
+                run.delivery.lost = True
+                if run not in self._orphans:
+                    self._orphans.append(run)
+                if self._handler.options.on_connection_loss == "cancel" and run.scope is not None:
+                    run.scope.cancel()
+
+    def _excuse(self, run: Run) -> None:
+        """Remember that a message comes back, and that this was no attempt."""
+        message = run.delivery.message
+        if run.delivery.redelivered and not is_counted_by_broker(message.headers):
+            # A classic queue's flag is set already: it counts no more.
+            self._memory.started(message)
+        else:
+            self._memory.excuse(message)
+
+    def on_delivery(self, subscription: Subscription, incoming: Incoming) -> None:
+        """Take a delivery: hold it, start it, or keep it until there is room."""
+        message = incoming.message
+        used = used_attempts(
+            message.headers,
+            redelivered=incoming.redelivered,
+            excused=self._memory.excused(message) if incoming.redelivered else 0,
+        )
+        delivery = Delivery(
+            message,
+            queue=self._handler.queue.name,
+            attempt=used + 1,
+            redelivered=incoming.redelivered,
+        )
+        if subscription is not self._newest:
+            self._newest = subscription
+            self._generation += 1
+        run = Run(delivery, subscription, incoming.tag, used, generation=self._generation)
+        if self._orphans and self._is_held(run):
+            return
+        if incoming.redelivered:
+            if self._is_known(run):
+                return
+            is_classic = not is_counted_by_broker(message.headers)
+            run.needs_recount = is_classic and used > used_attempts(
+                message.headers, redelivered=False
+            )
+        self._start_or_keep(run)
+
+    def _is_held(self, run: Run) -> bool:
+        """Let a redelivery, or a copy, of what still runs here wait for the end of that run."""
+        message = run.delivery.message
+        for orphan in self._orphans:
+            if (run.delivery.redelivered or message.message_id) and is_same_message(
+                orphan.delivery.message,
+                message,
+            ):
+                orphan.held.append(run)
+                return True
+        return False
+
+    def _is_known(self, run: Run) -> bool:
+        """Ack a redelivery of what was done here, and whose ack was lost."""
+        if self._memory.acked_on(run.delivery.message) in {None, run.generation}:
+            return False
+        self._ack_duplicate(run)
+        return True
+
+    def _start_or_keep(self, run: Run) -> None:
+        if (
+            self._slots_used < self._handler.options.concurrency
+            and not self._unstarted
+            and not self._stopping.is_set()
+            and self._tasks is not None
+        ):
+            self._start(run, self._tasks)
+        else:
+            self._unstarted.append(run)
+
+    def _start(self, run: Run, tasks: TaskGroup) -> None:
+        self._slots_used += 1
+        self._running[run] = None
+        self._idle.clear()
+        tasks.start_soon(self._process, run)
+
+    def _start_next(self) -> None:
+        """Use a slot that has become free."""
+        while (
+            self._unstarted
+            and self._slots_used < self._handler.options.concurrency
+            and not self._stopping.is_set()
+            and self._tasks is not None
+        ):
+            self._start(self._unstarted.popleft(), self._tasks)
+
+    async def _process(self, run: Run) -> None:
+        """Bring one delivery to its end: run the handler, settle, free the slot."""
+        outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
+        thread = None if self._handler.is_async else ThreadCall()
+        try:
+            try:
+                if not await self._is_replaced(run):
+                    outcome = await self._outcome(run, thread)
+                    if isinstance(outcome, Requeue) and outcome.pause:
+                        await self._pause(outcome.pause)
+            finally:
+                if isinstance(outcome, Ack):
+                    await self._settle(run, outcome)  # never waits, so nothing can interrupt it
+                elif not run.is_settled:
+                    with anyio.CancelScope(shield=True):
+                        await self._settle(run, outcome)
+            if thread is not None and run.was_started and run in self._orphans:
+                # Its time is up and its message settled, but a thread cannot be stopped: the slot
+                # stays taken, and a redelivery of the message waits, until it ends.
+                await thread.has_ended.wait()
+        finally:
+            del self._running[run]
+            self._slots_used -= 1
+            self._release_held(run)
+            self._start_next()
+            if not self._running:
+                self._idle.set()
+
+    async def _is_replaced(self, run: Run) -> bool:
+        """Put a copy that carries its count in the place of a delivery, if that is necessary."""
+        if not run.needs_recount or self._is_used_up(run) or run.subscription.is_lost:
+            return False
+        with anyio.CancelScope(shield=True):
+            await self._settler.recount(run)
+        if run.is_settled:
+            self._memory.acked(run.delivery.message, run.generation)
+            run.is_done = True
+        return run.is_settled
+
+    def _is_used_up(self, run: Run) -> bool:
+        attempts = self._handler.options.attempts
+        return attempts is not None and run.used >= attempts
+
+    async def _outcome(self, run: Run, thread: ThreadCall | None) -> Outcome:
+        """Say what becomes of the delivery, by running the handler if it may be run."""
+        delivery = run.delivery
+        await checkpoint_if_cancelled()
+        if run.subscription.is_lost:
+            self._excuse(run)
+            return Requeue(counts=False)
+        if self._is_used_up(run):
+            return DeadLetter(f"gave up after {run.used} attempts, the last one unfinished")
+        try:
+            body = self._handler.decode(delivery)
+        except Exception as exc:  # a user's type may raise what no codec expects
+            reason = str(exc) if isinstance(exc, DecodeError) else "the body cannot be decoded"
+            return DeadLetter(reason, failure_of(exc))
+        self._memory.started(delivery.message)
+        run.was_started = True
+        return await self._handle(run, body, thread)
+
+    async def _handle(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
+        """Run the handler."""
+        delivery, handler, options = run.delivery, self._handler, self._handler.options
+        with anyio.CancelScope() as scope:
+            run.scope = scope
+            if options.timeout is not None:
+                scope.deadline = anyio.current_time() + options.timeout
+            try:
+                if thread is None:
+                    await handler.call(body, delivery)
+                else:
+                    await handler.call_in_thread(body, delivery, thread)
+            except Exception as exc:  # whatever a handler raises must end in an outcome
+                return self._failure(run, exc)
+            except (KeyboardInterrupt, GeneratorExit):
+                raise
+            except BaseException as exc:
+                if isinstance(exc, asyncio.CancelledError) and _is_cancelled(scope):
+                    raise
+                return self._failure(run, _as_error(exc))
+            run.succeeded = True
+            return Ack()
+        # The scope was cancelled: by its deadline, or because the connection was lost.
+        if thread is not None and not thread.has_ended.is_set() and run not in self._orphans:
+            self._orphans.append(run)
+        if delivery.lost and options.on_connection_loss == "cancel":
+            return Requeue(counts=False)
+        return self._failure(run, TimeoutError(f"the handler exceeded {options.timeout:g} s"))
+
+    def _failure(self, run: Run, exc: Exception) -> Outcome:
+        """Decide what becomes of a delivery whose handler raised, and log it."""
+        delivery, options = run.delivery, self._handler.options
+        try:
+            outcome = outcome_of(
+                exc,
+                delivery,
+                attempts=options.attempts,
+                on_error=options.on_error,
+                retry=options.retry,
+                spread=random.random(),  # noqa: S311 - jitter
+            )
+            _check(outcome)
+        except Exception as broken:  # on_error is the user's function
+            _log.exception("on_error of handler %s failed.", self._handler.name)
+            outcome = outcome_of(broken, delivery, attempts=options.attempts)
+        if (
+            isinstance(outcome, Requeue | Retry)
+            and outcome.counts
+            and is_used_up(delivery.attempt, options.attempts)
+        ):
+            outcome = DeadLetter(f"gave up after {delivery.attempt} attempts", failure_of(exc))
+        if not isinstance(exc, Signal):
+            self._settler.counts.failed += 1
+            _log.warning(
+                "Handler %s failed on %r: %s.",
+                self._handler.name,
+                delivery,
+                type(outcome).__name__,
+                exc_info=exc,
+            )
+        if options.on_error == "discard" and isinstance(outcome, Ack):
+            self._settler.counts.discarded += 1
+        return outcome
+
+    async def _pause(self, seconds: float) -> None:
+        """Keep a failed message for a moment, but not while the worker ends.
+
+        It goes back once this consumer is cancelled: before, it would be handed over here again.
+        """
+        with anyio.move_on_after(seconds):
+            await self._may_go_back.wait()
+
+    async def _settle(self, run: Run, outcome: Outcome) -> None:
+        message, counts = run.delivery.message, self._settler.counts
+        counts.handled += run.succeeded
+        settled = await self._settler.settle(run, outcome)
+        # A copy that counts can be told from its original.
+        is_gone = settled is Settled.ACKED and getattr(outcome, "counts", True)
+        if run.succeeded or is_gone:
+            # If its ack is lost on the way, the redelivery is acked and not run again.
+            self._memory.acked(message, run.generation)
+            run.is_done = True
+        elif settled is Settled.ACKED:
+            self._memory.settled(message)
+        elif settled is Settled.OVERCOUNTED:
+            self._excuse(run)
+
+    def _release_held(self, run: Run) -> None:
+        """Deal with the redeliveries that waited for the end of this run."""
+        if run in self._orphans:
+            self._orphans.remove(run)
+        done = identity(run.delivery.message) if run.is_done else None
+        held, run.held = run.held, []
+        for other in held:
+            is_redelivery = other.delivery.redelivered and done is not None
+            if is_redelivery and identity(other.delivery.message) == done:
+                self._ack_duplicate(other)
+            else:
+                self._start_or_keep(other)
+
+    def _ack_duplicate(self, run: Run) -> None:
+        run.is_settled = True
+        self.duplicates += 1
+        run.subscription.ack(run.tag)
+        self._memory.acked(run.delivery.message, run.generation)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no handler runs."""
+        return not self._running
+
+    async def wait_idle(self) -> None:
+        """Wait until no handler runs."""
+        await self._idle.wait()
+
+    def end_pauses(self) -> None:
+        """Give back at once what is kept for a pause: nothing is handed over here any more."""
+        self._may_go_back.set()
+
+    async def give_back_unstarted(self) -> None:
+        """Give back what was delivered and never started; that is no attempt. Bounded."""
+        unstarted = [run for run in self._unstarted if not run.subscription.is_lost]
+        self._unstarted.clear()
+        with anyio.CancelScope(shield=True):
+            async with anyio.create_task_group() as tasks:
+                for run in unstarted:
+                    tasks.start_soon(self._settle, run, Requeue(counts=False))
+
+
+def _is_cancelled(scope: anyio.CancelScope) -> bool:
+    """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
+    return scope.cancel_called or anyio.current_effective_deadline() == -math.inf
+
+
+def _as_error(exc: BaseException) -> RuntimeError:
+    """Make an error of what a handler raised that is none."""
+    if isinstance(exc, asyncio.CancelledError):
+        text = "the handler raised CancelledError, though the worker did not cancel it"
+    else:
+        text = f"the handler raised {type(exc).__name__}"
+    error = RuntimeError(text)
+    error.__cause__ = exc
+    return error
+
+
+def _check(outcome: object) -> None:
+    """Check what a function given as ``on_error`` returned.
+
+    Raises:
+        TypeError: It is no outcome.
+        ValueError: A number in it makes no sense.
+    """
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+    match outcome:
+        case Ack() | DeadLetter():
+            return
+        case Requeue(pause=seconds) | Retry(delay=seconds):
+            if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):
+                raise ValueError(f"on_error returned {outcome!r}: that is no number of seconds.")
+        case _:
+            raise TypeError(
+                f"on_error returned {outcome!r}: it must return Ack, Requeue, Retry or DeadLetter.",
+            )
