@@ -377,7 +377,9 @@ class Worker:
         if loop is None:
             self._grace = min(self._grace, seconds)
             self._stopping.set()
-            self._changes.notify()
+            with contextlib.suppress(RuntimeError):  # no event loop in this thread
+                asyncio.get_running_loop()
+                self._changes.notify()
             loop = self._loop  # `run` may have begun meanwhile, in another thread
         if loop is None:
             return
