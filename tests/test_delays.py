@@ -163,16 +163,19 @@ async def test_dotted_names_do_not_receive_each_others_messages(
         assert {one.body.decode() for one in await broker.take_all(name)} == {name}
 
 
-@pytest.mark.parametrize("name", ["q" * 250, "a.*.b", "#", "a.#", "名" * 70])
-async def test_any_name_can_be_delayed_to(producer: Producer, url: str, name: str) -> None:
+async def test_any_name_can_be_delayed_to(producer: Producer, url: str) -> None:
     """Names too long for a routing key, and names that look like patterns, have their address."""
-    await producer.publish(name, b"x", delay=0.1)
+    names = ["q" * 250, "a.*.b", "a.x.b", "#", "a.#", "名" * 70]
+    for name in names:
+        await producer.publish(name, b"x", delay=0.1)
     connection = await aiormq.connect(url)
     try:
         channel = await connection.channel()
 
         async def arrived() -> bool:
-            return await look_for(channel, name, timeout=20) == 1
+            found = [await look_for(channel, name, timeout=20) for name in names]
+            assert max(found) == 1 or not any(found)  # none receives another's
+            return found == [1] * len(names)
 
         await eventually(arrived)
     finally:

@@ -150,20 +150,19 @@ async def test_expiration_may_be_as_long_as_rabbitmq_takes(
     assert (await broker.take(queue_name)).header.properties.expiration == str(2**32 - 1)
 
 
-@pytest.mark.parametrize("name", ["timeouts", "is down or inaccessible", "no_quorum"])
 async def test_a_queue_may_be_called_like_a_complaint_of_rabbitmq(
-    producer: Producer, broker: Broker, name: str
+    producer: Producer, broker: Broker
 ) -> None:
     """A name that occurs in what RabbitMQ says of a missing queue is not taken for its words."""
-    await producer.publish(name, b"x")
-    assert await broker.ready(name) == 1
+    for name in ("timeouts", "is down or inaccessible", "no_quorum"):
+        await producer.publish(name, b"x")
+        assert await broker.ready(name) == 1
 
 
-@pytest.mark.parametrize("name", ["größe", "a|b", "it's {so}", "*", "名" * 70])
-async def test_a_queue_may_have_any_name_that_rabbitmq_takes(producer: Producer, name: str) -> None:
+async def test_a_queue_may_have_any_name_that_rabbitmq_takes(producer: Producer) -> None:
     """The narrower idea that pamqp has of names, and RabbitMQ has not, stops nobody."""
-    await producer.publish(name, b"x")
-    await producer.publish(name, b"x", delay=0.125)
+    for name in ("größe", "a|b", "it's {so}", "*", "名" * 70):
+        await producer.publish(name, b"x")
 
 
 async def test_an_argument_that_amqp_cannot_encode_is_a_type_error_at_once(

@@ -190,14 +190,14 @@ async def test_at_any_moment(
     async with Producer(url) as producer:
         await producer.publish_many(queue, range(count))
     handled: set[int] = set()
-    charged: list[int] = []
+    charged: set[int] = set()
     for _ in range(25):
         worker = Worker(url, grace=0)
 
         @worker.handler(queue, concurrency=2, prefetch_count=10)
         async def work(number: int, delivery: Delivery) -> None:
             if delivery.attempt > 1:
-                charged.append(number)
+                charged.add(number)
             await asyncio.sleep(0.002)
             handled.add(number)
 
@@ -213,7 +213,9 @@ async def test_at_any_moment(
     left = [int(message.body) for message in await broker.take_all(queue_name)]
     assert handled | set(left) == set(range(count))
     print(f"charged {len(charged)}, handled {len(handled)}")
-    assert len(charged) <= 20
+    # What a quorum queue has assigned to a consumer when that is cancelled, it counts as returned,
+    # though it was never sent: no client can know of it.
+    assert kind == "quorum" or not charged
 
 
 async def test_running_handlers_end(broker: Broker, url: str, queue_name: str) -> None:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from aioworkq.topology import QueueType
     from tests.proxy import Direction
 
-    Fault = Callable[[RabbitMQ, Proxy], Awaitable[None]]
+    Lost = Callable[[], Awaitable[None]]
+    Fault = Callable[[RabbitMQ, Proxy, Lost], Awaitable[None]]
 
 
 @pytest.fixture(autouse=True)
@@ -516,55 +517,58 @@ async def test_excuses_and_failures_add_up(
 # The broker
 
 
-async def kill_and_start(node: RabbitMQ, proxy: Proxy) -> None:
+async def kill_and_start(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     await crash(node)
     await node.start()
 
 
-async def close_all(node: RabbitMQ, proxy: Proxy) -> None:
+async def close_all(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     await node.eval('rabbit_networking:close_all_connections("as a test wants it")')
 
 
-async def pause_past_the_heartbeat(node: RabbitMQ, proxy: Proxy) -> None:
+async def pause_past_the_heartbeat(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     node.pause()
     try:
-        await asyncio.sleep(8)  # noticed after three heartbeats and 3 s
+        await lost()
     finally:
         node.resume()
 
 
-async def half_open(node: RabbitMQ, proxy: Proxy) -> None:
+async def half_open(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     proxy.half_open()
-    await asyncio.sleep(8)
+    await lost()
     proxy.flow()
     proxy.cut()  # what was swallowed broke the frames
 
 
-async def stall_to_broker(node: RabbitMQ, proxy: Proxy) -> None:
+async def stall_to_broker(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     proxy.stall(to_client=False)
-    await asyncio.sleep(8)
+    await lost()
     proxy.flow()
 
 
-async def stall_to_client(node: RabbitMQ, proxy: Proxy) -> None:
+async def stall_to_client(node: RabbitMQ, proxy: Proxy, lost: Lost) -> None:
     proxy.stall(to_broker=False)
-    await asyncio.sleep(8)
+    await lost()
     proxy.flow()
 
 
 async def check_comes_back(node: RabbitMQ, url: str, queue: str, fault: Fault) -> None:
     handled: set[Any] = set()
-    async with Proxy(node.port) as proxy, asyncio.TaskGroup() as tasks:
+    async with Proxy(node.port) as proxy:
         worker = Worker(proxy.url(url), heartbeat=1, connect_timeout=2, grace=5)
+
+        async def lost() -> None:
+            await eventually(lambda: not worker.is_ready)
 
         @worker.handler(queue, concurrency=2)
         async def handle(body: Any) -> None:
             handled.add(body)
 
         async with worker:
-            was_lost = tasks.create_task(eventually(lambda: not worker.is_ready))
-            await fault(node, proxy)
-            await was_lost
+            noticed = asyncio.create_task(lost())
+            await fault(node, proxy, lost)
+            await noticed
             await worker.wait_ready()
             statistics = worker.statistics()
             assert statistics.is_connected
