@@ -546,3 +546,20 @@ def test_public_names() -> None:
     """What a user of workers needs is at the top level."""
     assert aioworkq.Worker is Worker
     assert callable(aioworkq.run)
+
+
+async def test_a_queue_may_have_any_name_that_rabbitmq_takes(url: str) -> None:
+    """The narrower idea that pamqp has of names, and RabbitMQ has not, stops no worker."""
+    worker = Worker(url)
+    seen: set[str] = set()
+
+    async def handle(body: str) -> None:
+        seen.add(body)
+
+    names = {"größe", "a|b", "it's {so}", "*"}
+    for name in names:
+        worker.handler(Queue(name, str))(handle)
+    async with worker, Producer(url) as producer:
+        for name in names:
+            await producer.publish(Queue(name, str), name)
+        await eventually(lambda: seen == names)

@@ -36,7 +36,8 @@ class _QueueBind(spec.Queue.Bind):
         """Leave it to RabbitMQ."""
 
 
-def _rpc(channel: AbstractChannel, frame: Frame) -> Coroutine[Any, Any, Any]:
+def rpc(channel: AbstractChannel, frame: Frame) -> Coroutine[Any, Any, Any]:
+    """Send a frame on a channel; awaiting it returns the broker's answer."""
     call: Coroutine[Any, Any, Any] = getattr(channel, "rpc")(frame)  # noqa: B009 - not in the ABC
     return call
 
@@ -48,7 +49,7 @@ async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> i
         TopologyError: It does not (code 404), or may not be looked for; the channel is closed.
         ConnectionLostError: The channel ended, or no answer came in time.
     """
-    call = _rpc(channel, _QueueDeclare(queue=queue, passive=True))
+    call = rpc(channel, _QueueDeclare(queue=queue, passive=True))
     what = f"looking for queue {queue!r}"
     answer: spec.Queue.DeclareOk = await _declared(channel, call, queue, {}, what, timeout=timeout)
     return answer.message_count or 0
@@ -73,7 +74,7 @@ async def declare_on(
     match declaration:
         case QueueDeclaration(name=name, arguments=arguments):
             asked = dict(arguments)
-            call = _rpc(channel, _QueueDeclare(queue=name, durable=True, arguments=asked))
+            call = rpc(channel, _QueueDeclare(queue=name, durable=True, arguments=asked))
         case ExchangeDeclaration(name=name, type=kind, arguments=arguments):
             asked = dict(arguments)
             call = channel.exchange_declare(
@@ -83,7 +84,7 @@ async def declare_on(
                 arguments=asked,
             )
         case Binding(name, "queue", source, key):
-            call = _rpc(channel, _QueueBind(queue=name, exchange=source, routing_key=key))
+            call = rpc(channel, _QueueBind(queue=name, exchange=source, routing_key=key))
         case Binding(name, _, source, key):
             call = channel.exchange_bind(destination=name, source=source, routing_key=key)
     await _declared(channel, call, name, asked, f"declaring {name!r}", timeout=timeout)

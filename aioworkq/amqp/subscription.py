@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from pamqp import commands as spec
 
+from aioworkq.amqp.declare import rpc
 from aioworkq.amqp.publish_channel import close_bounded
 from aioworkq.amqp.tap import Content, FrameTap
 from aioworkq.amqp.translate import closing_exception, describe, guarded
@@ -32,6 +35,13 @@ if TYPE_CHECKING:
     from aioworkq.message import Message
 
 _log = logging.getLogger("aioworkq")
+
+
+class _Consume(spec.Basic.Consume):
+    """Without pamqp's own idea of what a queue may be called: RabbitMQ takes any text."""
+
+    def validate(self) -> None:
+        """Leave it to RabbitMQ."""
 
 
 @dataclass(slots=True, eq=False)
@@ -78,7 +88,10 @@ class AmqpSubscription:
         what = f"consuming from queue {self._queue!r}"
         qos = self._channel.basic_qos(prefetch_count=prefetch_count)
         await guarded(qos, self._channel, timeout=timeout, what=what)
-        consume = self._channel.basic_consume(self._queue, _never_called)
+        # As aiormq's basic_consume does it, but with a name that only RabbitMQ judges.
+        tag = f"aioworkq.{uuid.uuid4().hex}"
+        getattr(self._channel, "consumers")[tag] = _never_called  # noqa: B009 - not in the ABC
+        consume = rpc(self._channel, _Consume(queue=self._queue, consumer_tag=tag))
         answer = await guarded(consume, self._channel, timeout=timeout, what=what)
         self._consumer_tag = answer.consumer_tag
 
