@@ -15,12 +15,10 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from datetime import datetime
+from typing import Final
 
 from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 _PREFIX: Final = "aioworkq.v1"
 """Names carry a version: arguments of queues cannot be changed once they exist."""
@@ -59,10 +57,13 @@ def checked_delay(delay: float | None, at: datetime | None, *, now: datetime) ->
 
     Raises:
         ValueError: Both are given; the delay is negative or longer than a year; the time is naive.
+        TypeError: The time is no datetime.
     """
     if delay is not None and at is not None:
         raise ValueError("delay and at are both given: give one of them.")
     if at is not None:
+        if not isinstance(at, datetime):
+            raise TypeError(f"at is {at!r}: it must be an aware datetime.")
         if at.tzinfo is None or at.utcoffset() is None:
             raise ValueError(
                 f"at is {at!r}, without a time zone: give an aware datetime, "

@@ -140,5 +140,7 @@ def test_a_delay_is_checked() -> None:
             checked_delay(delay, None, now=NOW)
     with pytest.raises(ValueError, match="without a time zone"):
         checked_delay(None, datetime(2026, 1, 1), now=NOW)  # noqa: DTZ001 - that is the point
+    with pytest.raises(TypeError, match="at is 'noon': it must be an aware datetime"):
+        checked_delay(None, "noon", now=NOW)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="both given"):
         checked_delay(1, NOW, now=NOW)
