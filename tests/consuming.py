@@ -13,11 +13,12 @@ import pika
 from pamqp.commands import Basic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from types import TracebackType
 
     from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
 
+    from aioworkq import Producer, Queue
     from aioworkq.testing import RabbitMQ
 
 PATIENCE = 30.0
@@ -153,6 +154,12 @@ async def channels(node: RabbitMQ, vhost: str) -> list[dict[str, int]]:
     )
     rows = [row.split(",") for row in printed.strip("[] \n").split("],[") if row]
     return [dict(zip(keys, map(int, row), strict=True)) for row in rows]
+
+
+async def publish_all(producer: Producer, queue: Queue[Any] | str, bodies: Iterable[Any]) -> None:
+    """Publish many messages, all of which must be confirmed."""
+    report = await producer.publish_many(queue, bodies)
+    report.raise_for_errors()
 
 
 async def publish_with_pika(url: str, queue: str, *bodies: bytes, **properties: Any) -> None:

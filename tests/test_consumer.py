@@ -12,7 +12,7 @@ import anyio.from_thread
 import pytest
 
 from aioworkq import Delivery, Producer, Queue, RetryPolicy, Worker
-from tests.consuming import Broker, channels, eventually, headers_of, publish_with_pika
+from tests.consuming import Broker, channels, eventually, headers_of, publish_all, publish_with_pika
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -46,7 +46,7 @@ async def test_own_channel_and_prefetch(rabbitmq: RabbitMQ, url: str, queue_name
 
     async with worker, Producer(url) as producer:
         for queue in (one, two):
-            await producer.publish_many(queue, range(20))
+            await publish_all(producer, queue, range(20))
         await eventually(lambda: worker.statistics().waiting + worker.statistics().in_flight == 8)
 
         async def windows_are_full() -> bool:
@@ -75,7 +75,7 @@ async def test_concurrency_is_a_bound(url: str, queue_name: str) -> None:
         running -= 1
 
     async with worker, Producer(url) as producer:
-        await producer.publish_many(queue, range(300))
+        await publish_all(producer, queue, range(300))
         await eventually(lambda: worker.statistics().handled == 300)
     assert peak == 4
 
@@ -94,7 +94,7 @@ async def test_a_slow_message_does_not_hold_the_others(url: str, queue_name: str
         handled.append(number)
 
     async with worker, Producer(url) as producer:
-        await producer.publish_many(queue, range(100))
+        await publish_all(producer, queue, range(100))
         await eventually(lambda: len(handled) == 99)
         release.set()
     assert sorted(handled) == list(range(100))
@@ -130,7 +130,7 @@ async def test_unstarted_messages_go_back_uncharged(
     """With a prefetch of 50 and one slot, a stop loses nothing and charges nobody an attempt."""
     queue = Queue(queue_name, int, type=kind)
     async with Producer(url) as producer:
-        await producer.publish_many(queue, range(60))
+        await publish_all(producer, queue, range(60))
     worker = Worker(url)
     started = asyncio.Event()
 
@@ -175,7 +175,7 @@ async def test_losing_the_connection_unstarted_is_no_attempt(
             raise ValueError("no")
 
     async with worker, Producer(url) as producer:
-        await producer.publish_many(queue, range(10))
+        await publish_all(producer, queue, range(10))
         for losses in (1, 2, 3):
             await eventually(lambda: worker.statistics().waiting >= 9)
             proxy.cut()
@@ -199,7 +199,7 @@ async def test_no_delivery_after_the_end(
     """While unstarted messages go back, none of the backlog takes their place and is charged."""
     queue = Queue(queue_name, int, type="classic")
     async with Producer(url) as producer:
-        await producer.publish_many(queue, range(500))
+        await publish_all(producer, queue, range(500))
     worker = Worker(url, grace=0)
     starts = 0
 
@@ -237,7 +237,7 @@ async def test_lost_while_starting_is_not_started(
 
     async with worker, Producer(url) as producer:
         for start in range(0, 500, 50):
-            await producer.publish_many(queue, range(start, start + 50))
+            await publish_all(producer, queue, range(start, start + 50))
             proxy.cut()
         await eventually(lambda: len(handled) == 500)
     assert worker.statistics().dead_lettered == 0
@@ -359,7 +359,7 @@ async def test_thread_that_never_began(broker: Broker, url: str, queue_name: str
         time.sleep(0)
 
     async with worker, Producer(url) as producer:
-        await producer.publish_many(queue, ["a", "b"])
+        await publish_all(producer, queue, ["a", "b"])
         await eventually(lambda: worker.statistics().dead_lettered == 2)
         await eventually(lambda: worker.statistics().in_flight == 0)
 

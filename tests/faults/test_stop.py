@@ -20,7 +20,7 @@ import anyio
 import pytest
 
 from aioworkq import ConsumerState, Delivery, Producer, Queue, Reject, Requeue, Worker
-from tests.consuming import Broker, eventually, headers_of
+from tests.consuming import Broker, eventually, headers_of, publish_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -151,7 +151,7 @@ async def test_while_subscribing(
 ) -> None:
     """A declaration or a subscription that is never answered does not hold a stop."""
     async with Producer(url) as producer:
-        await producer.publish_many(queue_name, range(20))
+        await publish_all(producer, queue_name, range(20))
     dropped = asyncio.Event()
 
     def on_frame(direction: Direction, kind: int, channel: int, payload: bytes) -> bool:
@@ -188,7 +188,7 @@ async def test_at_any_moment(
     queue = Queue(queue_name, int, type=kind)
     count = 100
     async with Producer(url) as producer:
-        await producer.publish_many(queue, range(count))
+        await publish_all(producer, queue, range(count))
     handled: set[int] = set()
     charged: set[int] = set()
     for _ in range(25):
@@ -231,8 +231,9 @@ async def test_running_handlers_end(broker: Broker, url: str, queue_name: str) -
         await release.wait()
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(url) as producer:
-        await producer.publish_many(queue, range(10))
+        await publish_all(producer, queue, range(10))
     await eventually(lambda: worker.statistics().waiting == 7)
     worker.stop()
 
@@ -264,6 +265,7 @@ async def test_grace_is_over(broker: Broker, url: str, queue_name: str) -> None:
             cancelled += 1
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(url) as producer:
         await producer.publish(queue_name, "x")
     await started.wait()
@@ -284,6 +286,7 @@ async def test_again_and_shorter(url: str, queue_name: str) -> None:
         await anyio.sleep_forever()
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(url) as producer:
         await producer.publish(queue_name, "x")
     await started.wait()
@@ -319,6 +322,7 @@ async def test_from_a_handler(url: str, queue_name: str) -> None:
         worker.stop()
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(url) as producer:
         await producer.publish(queue_name, "x")
     await running.end(within=PROMPT)
@@ -336,6 +340,7 @@ async def test_while_a_failed_message_pauses(broker: Broker, url: str, queue_nam
         raise ValueError("no")
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(url) as producer:
         await producer.publish(queue_name, "x")
     await failed.wait()
@@ -437,7 +442,7 @@ async def test_twenty_consumers_on_a_dead_line(
     await worker.wait_ready()
     async with Producer(url) as producer:
         for name in queues:
-            await producer.publish_many(Queue(name, type="classic"), range(5))
+            await publish_all(producer, Queue(name, type="classic"), range(5))
     await eventually(lambda: worker.statistics().waiting == 80)
     if fault == "stall":
         proxy.stall()
@@ -462,8 +467,9 @@ async def test_when_the_broker_is_dead(own_node: RabbitMQ, queue_name: str) -> N
         await release.wait()
 
     running = Running(worker)
+    await worker.wait_ready()
     async with Producer(own_node.url) as producer:
-        await producer.publish_many(queue_name, range(10))
+        await publish_all(producer, queue_name, range(10))
     await eventually(lambda: worker.statistics().waiting == 9)
     await own_node.kill()
     await eventually(lambda: not worker.statistics().is_connected)

@@ -27,7 +27,15 @@ from aioworkq import (
     WorkQueueError,
 )
 from aioworkq.testing import RabbitMQ
-from tests.consuming import Broker, channels, crash, eventually, headers_of, publish_with_pika
+from tests.consuming import (
+    Broker,
+    channels,
+    crash,
+    eventually,
+    headers_of,
+    publish_all,
+    publish_with_pika,
+)
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -357,7 +365,7 @@ async def test_lost_acks(
 
     async with worker, Producer(url) as producer:
         proxy.on_frame = drop_to_broker(BASIC_ACK)
-        await producer.publish_many(queue, range(10))
+        await publish_all(producer, queue, range(10))
         await eventually(lambda: worker.statistics().handled == 10)
         proxy.on_frame = None
         proxy.cut()
@@ -576,7 +584,7 @@ async def check_comes_back(node: RabbitMQ, url: str, queue: str, fault: Fault) -
             assert statistics.consumers[queue].losses >= 1
             assert statistics.consumers[queue].last_error
             async with Producer(url) as producer:
-                await producer.publish_many(queue, range(20))
+                await publish_all(producer, queue, range(20))
             await eventually(lambda: len(handled) == 20)
         assert worker.statistics().consumers[queue].state is ConsumerState.STOPPED
 
@@ -647,7 +655,7 @@ async def test_alarm_does_not_stop_workers(node: RabbitMQ, node_url: str, queue_
                 await go.wait()
 
         async with Producer(node_url) as producer:
-            await producer.publish_many(Queue(queue_name, int), range(30))
+            await publish_all(producer, Queue(queue_name, int), range(30))
             await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
             try:
                 await eventually(lambda: is_alarmed(node))
@@ -673,7 +681,7 @@ async def test_stop_during_an_alarm(node: RabbitMQ, node_url: str, queue_name: s
         await anyio.sleep_forever()
 
     async with Broker(node_url) as broker, Producer(node_url) as producer:
-        await producer.publish_many(Queue(queue_name, int), range(50))
+        await publish_all(producer, Queue(queue_name, int), range(50))
         await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
         try:
             await eventually(lambda: is_alarmed(node))
