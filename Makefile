@@ -1,6 +1,7 @@
 # make demo   see it work            make lint    formatters, linters, type checkers
 # make test   lint, tests, coverage  make bench   measure it
 # make clean  remove what the others made
+# make test-all  the same, and the tests with RabbitMQ 4.0 and 4.3 too (Debian, by root)
 #
 # Nothing is needed before but Python 3.11 or later, and pip: all Python packages go into .venv.
 # RabbitMQ is installed when it is missing (Debian and its kin, by root or with sudo) and is not
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint bench clean rabbitmq
+.PHONY: demo test test-all lint bench clean rabbitmq rabbitmq-4.0 rabbitmq-4.3
 
 demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
 	$(BIN)/python examples/demo.py
@@ -20,6 +21,13 @@ demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
 test: lint rabbitmq
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
 		--cov --cov-report=term-missing:skip-covered
+
+# What needs no broker behaves alike with all of them, and so do the examples.
+test-all: rabbitmq-4.0 rabbitmq-4.3 test
+	for version in 4.0 4.3; do \
+		$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'rabbitmq and not one_version' \
+			--rabbitmq $$version || exit 1; \
+	done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check
@@ -97,3 +105,43 @@ export INSTALL_RABBITMQ
 
 rabbitmq:
 	@sh -c "$$INSTALL_RABBITMQ"
+
+# Other versions of RabbitMQ live in root file systems of their own, in the user's cache, where
+# aioworkq.testing finds them. Debian 13 has RabbitMQ 4.0, Debian's unstable has 4.3.
+define INSTALL_ROOT
+set -eu
+version=$$1 suite=$$2
+folder=$${XDG_CACHE_HOME:-$$HOME/.cache}/aioworkq/rabbitmq
+root=$$folder/debian-$$suite
+if [ -d "$$root" ]; then exit 0; fi
+if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+    echo "RabbitMQ $$version comes from Debian's $$suite: this needs Debian or its kin, and root." >&2
+    exit 1
+fi
+echo "Installing RabbitMQ $$version into $$root ..."
+if ! command -v debootstrap >/dev/null; then
+    apt-get -qq update || echo 'The package lists may be old: apt-get update failed.' >&2
+    DEBIAN_FRONTEND=noninteractive apt-get -qq -y -o DPkg::Lock::Timeout=300 \
+        install --no-install-recommends debootstrap >/dev/null
+fi
+. /etc/os-release
+mirror=$$(apt-get indextargets --format '$$(REPO_URI)' 'Created-By: Packages' \
+    "Codename: $$VERSION_CODENAME" 'Component: main' | head -n 1)
+mkdir -p "$$folder"
+log=$$folder/.$$suite.log
+rm -rf "$$folder/.$$suite"
+# What is not finished has a hidden name.
+debootstrap --variant=minbase --include=rabbitmq-server "$$suite" "$$folder/.$$suite" $$mirror \
+    >"$$log" 2>&1 || { tail -n 20 "$$log" >&2; exit 1; }
+[ -s "$$folder/.$$suite/etc/hosts" ] || echo '127.0.0.1 localhost' >"$$folder/.$$suite/etc/hosts"
+rm -rf "$$folder/.$$suite/var/cache/apt/archives"
+mv "$$folder/.$$suite" "$$root"
+rm "$$log"
+endef
+export INSTALL_ROOT
+
+rabbitmq-4.0: rabbitmq
+	@sh -c "$$INSTALL_ROOT" sh 4.0 trixie
+
+rabbitmq-4.3: rabbitmq
+	@sh -c "$$INSTALL_ROOT" sh 4.3 sid

@@ -78,6 +78,7 @@ class Installation:
 
     Attributes:
         version: RabbitMQ's version.
+        root: The root of the file system that it was installed into, ``None`` for this machine's.
         home: The folder that has ``sbin``, ``plugins`` and ``escript``.
         erl: The ``erl`` program.
         epmd: The ``epmd`` program.
@@ -85,10 +86,17 @@ class Installation:
     """
 
     version: str
+    root: Path | None = None
     home: Path
     erl: Path
     epmd: Path
     erl_call: Path | None
+
+    def seen_from_inside(self, path: Path) -> Path:
+        """Return the path that a program which runs in our root has for a path of this machine."""
+        if self.root is None or not path.is_relative_to(self.root):
+            return path
+        return Path("/") / path.relative_to(self.root)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,45 +124,73 @@ class Account:
 
 
 def find_installation(version: str | None) -> Installation:
-    """Find the RabbitMQ server of this machine.
+    """Find a RabbitMQ server on this machine: what is installed, then the roots in the cache.
 
     Args:
-        version: The version it must have; ``None`` takes what is installed.
+        version: The version it must have, or how it must begin (``4.3``); ``None`` takes what is
+            installed.
 
     Raises:
         NotInstalledError: When it is missing, incomplete or of another version.
     """
-    server = _find_program("rabbitmq-server", near="../plugins")
-    erl = _find_program("erl")
-    if server is None or erl is None:
-        raise NotInstalledError(
-            "a private RabbitMQ node cannot start",
-            reason=f"{'rabbitmq-server' if server is None else 'erl'} is not installed",
-            advice="Install RabbitMQ; on Debian: apt-get install rabbitmq-server.",
-        )
-    home = server.parent.parent
-    found = [
-        entry.name.removeprefix("rabbit-").removesuffix(".ez")
-        for entry in home.glob("plugins/rabbit-[0-9]*")
-    ]
-    if version is not None and version not in found:
+    roots = () if version is None else installed_roots()
+    found = [installation for root in (None, *roots) for installation in _installations(root)]
+    for installation in found:
+        if version is None or f"{installation.version}.".startswith(f"{version}."):
+            return installation
+    advice = f"Install it, or put its root file system into {roots_folder()}."
+    if version is not None and found:
         raise NotInstalledError(
             f"RabbitMQ {version} cannot start",
-            reason=f"what is installed in {home} is version {', '.join(found) or 'unknown'}",
-            advice=f"Install RabbitMQ {version}, or leave version=None to take what is there.",
+            reason="what is installed is " + ", ".join(one.version for one in found),
+            advice=f"{advice} version=None takes what is there.",
         )
-    return Installation(
-        version=version or next(iter(found), "unknown"),
-        home=home,
-        erl=erl,
-        epmd=_erlang_program("epmd", erl=erl) or Path("epmd"),
-        erl_call=_erlang_program("erl_call", erl=erl),
+    missing = "erl" if _find_program("rabbitmq-server", near="../plugins") else "rabbitmq-server"
+    raise NotInstalledError(
+        "a private RabbitMQ node cannot start",
+        reason=f"{missing} is not installed",
+        advice="Install RabbitMQ; on Debian: apt-get install rabbitmq-server.",
     )
 
 
-def _find_program(name: str, *, near: str = ".") -> Path | None:
-    """Find a program on ``PATH`` or in :data:`PLACES`; links are followed, wrappers passed by."""
-    for folder in (None, *PLACES):
+def roots_folder() -> Path:
+    """Say where root file systems with other versions of RabbitMQ are looked for."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "aioworkq" / "rabbitmq"
+
+
+def installed_roots() -> list[Path]:
+    """List the root file systems in :func:`roots_folder`. Hidden ones are not finished."""
+    folder = roots_folder()
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(entry for entry in entries if not entry.name.startswith("."))
+
+
+def _installations(root: Path | None) -> Iterator[Installation]:
+    """Find the servers of one root file system: one of each version."""
+    server = _find_program("rabbitmq-server", near="../plugins", root=root)
+    erl = _find_program("erl", root=root)
+    if server is None or erl is None:
+        return
+    home = server.parent.parent
+    for entry in home.glob("plugins/rabbit-[0-9]*"):
+        yield Installation(
+            version=entry.name.removeprefix("rabbit-").removesuffix(".ez"),
+            root=root,
+            home=home,
+            erl=erl,
+            epmd=_erlang_program("epmd", erl=erl) or Path("epmd"),
+            erl_call=_erlang_program("erl_call", erl=erl),
+        )
+
+
+def _find_program(name: str, *, near: str = ".", root: Path | None = None) -> Path | None:
+    """Find a program on ``PATH`` or in :data:`PLACES`; links are followed, wrappers passed by.
+
+    In another root there is no ``PATH``.
+    """
+    places = (None, *PLACES) if root is None else tuple(f"{root}{place}" for place in PLACES)
+    for folder in places:
         found = shutil.which(name, path=folder)
         if found is not None:
             program = Path(found).resolve()
@@ -260,13 +296,13 @@ def build_folder(
         tls_files: PEM files by the last part of their key, ``ssl_options.<key>``.
     """
     path.mkdir(mode=0o700)
-    home, slim = installation.home, path / "home"
+    slim, inside = path / "home", installation.seen_from_inside
     for folder in ("data", "home", "home/plugins"):
         (path / folder).mkdir()
     for folder in ("sbin", "escript"):
-        (slim / folder).symlink_to(home / folder)
-    for plugin in _needed_plugins(home / "plugins", wanted=plugins):
-        (slim / "plugins" / plugin.name).symlink_to(plugin)
+        (slim / folder).symlink_to(inside(installation.home / folder))
+    for plugin in _needed_plugins(installation.home / "plugins", wanted=plugins):
+        (slim / "plugins" / plugin.name).symlink_to(inside(plugin))
     lines = DEFAULTS | {"listeners.tcp.1": f"{HOST}:{ports.amqp}"}
     if tls_files:
         lines |= {"listeners.ssl.1": f"{HOST}:{ports.tls}", "ssl_options.verify": "verify_none"}
@@ -282,7 +318,7 @@ def build_folder(
     (path / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
     for entry in (path, *path.rglob("*")):
         os.lchown(entry, account.uid, account.gid)
-        if entry.is_file() and not entry.is_symlink():
+        if not entry.is_symlink() and entry.is_file():
             entry.chmod(0o400)
 
 
@@ -315,7 +351,9 @@ def environment(
     path: Path, *, installation: Installation, ports: Ports, name: str
 ) -> dict[str, str]:
     """Build the whole environment of a node and of its tools: nothing is inherited."""
-    programs = dict.fromkeys((str(installation.erl.parent), *PLACES[1:]))
+    programs = dict.fromkeys(
+        (str(installation.seen_from_inside(installation.erl.parent)), *PLACES[1:])
+    )
     return {
         "PATH": ":".join(programs),
         "HOME": str(path),

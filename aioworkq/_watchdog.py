@@ -85,12 +85,14 @@ def processes_of(path: Path, *, uid: int, gid: int) -> list[int]:
     """
     mark = f"\0HOME={path}\0".encode()
     found: list[int] = []
-    with _seeing_as(uid, gid):
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    if mark in b"\0" + (entry / "environ").read_bytes():
-                        found.append(int(entry.name))
+    # On its way into another root file system a program is still ours.
+    for user in {(uid, gid), (os.geteuid(), os.getegid())}:
+        with _seeing_as(*user):
+            for entry in Path("/proc").iterdir():
+                if entry.name.isdigit():
+                    with contextlib.suppress(OSError):
+                        if mark in b"\0" + (entry / "environ").read_bytes():
+                            found.append(int(entry.name))
     return found
 
 

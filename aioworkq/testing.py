@@ -1,6 +1,6 @@
 """A private RabbitMQ for tests: started in seconds, broken at will, gone without a trace.
 
-Here lives :class:`RabbitMQ`, one throw-away node of the RabbitMQ server that is installed on this
+Here lives :class:`RabbitMQ`, one throw-away node of a RabbitMQ server that is installed on this
 machine: what users are promised, and what tests do to it. How it is done is in ``_node.py``.
 Nothing here speaks AMQP beyond the first frame of a handshake: connect with whatever client you
 test. Fixtures for pytest are not here either.
@@ -65,7 +65,11 @@ class RabbitMQ:
     another. Use it from one task at a time.
 
     Args:
-        version: The version that must run, ``None`` for whatever is installed.
+        version: The version that must run, or how it begins (``"4.3"``), ``None`` for whatever is
+            installed. Other versions than that are taken from root file systems in
+            ``aioworkq/rabbitmq/`` of the user's cache folder (``XDG_CACHE_HOME``, or
+            ``~/.cache``), as ``debootstrap --include=rabbitmq-server`` makes them. Only root may
+            run these.
         config: Lines of ``rabbitmq.conf``, which win over ours.
         plugins: Plugins to enable. Each costs boot time, and one with a listener needs a free
             port in ``config``.

@@ -8,6 +8,7 @@ fixture         scope    what it is
 ``proxy``       test     a :class:`tests.proxy.Proxy` in front of it (async tests only)
 ``proxy_url``   test     ``url`` through ``proxy``
 ``own_node``    test     a private node for this test alone, to stop, kill and pause
+``version``     session  the version of RabbitMQ that all nodes have: ``--rabbitmq 4.3``
 ``queue_name``  test     a name that no other test uses
 =============== ======== ==================================================================
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 NEED_RABBITMQ = {"rabbitmq", "url", "proxy", "proxy_url", "own_node"}
 
 _LEAK_GRACE = 10.0  # seconds in which what is ending already may end, on a busy machine too
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the whole suite run on another version of RabbitMQ than the one that is installed."""
+    parser.addoption("--rabbitmq", metavar="VERSION", help="the version of RabbitMQ to test with")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,9 +88,16 @@ def portal() -> Iterator[BlockingPortal]:
 
 
 @pytest.fixture(scope="session")
-def rabbitmq(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+def version(pytestconfig: pytest.Config) -> str | None:
+    """The version of RabbitMQ that is tested with; None for what is installed."""
+    version: str | None = pytestconfig.getoption("--rabbitmq")
+    return version
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node that all tests share."""
-    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
 
@@ -109,9 +122,9 @@ def proxy_url(proxy: Proxy, url: str) -> str:
 
 
 @pytest.fixture
-def own_node(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+def own_node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node of this test alone."""
-    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
 

@@ -219,8 +219,10 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 
 @pytest.fixture(scope="module")
-def tls_node(portal: BlockingPortal, authority: Authority) -> Iterator[RabbitMQ]:
-    with portal.wrap_async_context_manager(RabbitMQ(tls=authority.files)) as node:
+def tls_node(
+    portal: BlockingPortal, authority: Authority, version: str | None
+) -> Iterator[RabbitMQ]:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version, tls=authority.files)) as node:
         yield node
 
 

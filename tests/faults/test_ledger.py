@@ -42,13 +42,13 @@ FAULTS = ("cut", "cut", "stall", "half-open", "close all", "one direction")
 
 
 @pytest.fixture(scope="module")
-def node(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node for all seeds, which kill it.
 
     What a crash interrupts between two delay queues, RabbitMQ takes up again three minutes later
     (dead_letter_worker_publisher_confirm_timeout). Here it does so after a second.
     """
-    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         assert node._node is not None
         env = cast("dict[str, str]", node._node.env)
         env["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += (

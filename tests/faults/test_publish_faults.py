@@ -39,9 +39,9 @@ BASIC_ACK = b"\x00\x3c\x00\x50"
 
 
 @pytest.fixture(scope="module")
-def node(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node of this module's own, to be stopped, started and alarmed; it runs after each test."""
-    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
 

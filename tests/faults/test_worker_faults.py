@@ -69,9 +69,9 @@ async def broker(url: str) -> AsyncIterator[Broker]:
 
 
 @pytest.fixture(scope="module")
-def node(portal: BlockingPortal) -> Iterator[RabbitMQ]:
+def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node of this module, to be killed and paused; each test leaves it running."""
-    with portal.wrap_async_context_manager(RabbitMQ()) as node:
+    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
 
