@@ -19,6 +19,7 @@ LAYERS: dict[str, int] = {
     "codec": 1,
     "retry": 1,
     "lifecycle": 1,
+    "versions": 1,
     "redelivery": 2,
     "topology": 2,
     "outcome": 2,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import re
 import ssl
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +31,7 @@ from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, Wire, encode
 from aioworkq.changes import Changes
 from aioworkq.errors import AccessRefusedError, ConnectionLostError, TopologyError
 from aioworkq.topology import QueueDeclaration
+from aioworkq.versions import semantics_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -49,7 +49,6 @@ _BACKOFF_MAX: Final = 5.0
 _SETTLED_AFTER: Final = 5.0
 """A connection that lived so many seconds was a good one: the backoff starts anew after it."""
 _ABORT_GRACE: Final = 1.0
-_VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 _FORBIDDEN: Final = frozenset({403, 530})
 
 
@@ -275,12 +274,8 @@ class AmqpConnection:
     @property
     def counts_nacks(self) -> bool:
         """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
-        connection = self._current
-        if connection is None:
-            return True
-        version = str(getattr(connection, "server_properties", {}).get("version", ""))
-        found = _VERSION.match(version)
-        return found is None or (int(found[1]), int(found[2])) < (4, 3)
+        properties = getattr(self._current, "server_properties", {})
+        return semantics_of(str(properties.get("version", ""))).counts_nack
 
     def prepare(self, message: Message) -> Wire:
         """Encode all that does not depend on a channel; see the protocol."""
