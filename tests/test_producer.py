@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -109,7 +110,9 @@ async def test_a_message_carries_what_it_was_given(
     assert properties.priority == 9
     assert properties.expiration == "3600000"
     assert message.body == b"\x00body"
-    assert headers_of(message) == headers | {"x-delivery-count": 0}
+    arrived = headers_of(message)
+    arrived.pop("x-delivery-count", None)
+    assert arrived == headers
 
 
 async def test_an_existing_queue_is_used_as_it_is(
@@ -389,7 +392,7 @@ async def test_a_user_who_may_not_declare_hears_a_topology_error(
         with pytest.raises(TopologyError) as caught:
             await producer.publish(queue_name, b"x")
         assert caught.value.code == 403
-        assert "ACCESS_REFUSED - access to queue" in str(caught.value)
+        assert re.search("ACCESS_REFUSED - (configure )?access to queue", str(caught.value))
         assert "(rabbitmqctl set_permissions)" in str(caught.value)
         assert caught.value.name == f"{queue_name}.dead"
 
@@ -408,7 +411,8 @@ async def test_a_user_who_may_not_write_hears_that_nothing_is_stored(
             *(producer.publish(queue, b"x") for _ in range(20)), return_exceptions=True
         )
         assert {type(result) for result in results} == {NotConfirmedError}
-        assert "ACCESS_REFUSED - access to exchange 'amq.default'" in str(results[0])
+        refused = "ACCESS_REFUSED - (write )?access to exchange 'amq.default'"
+        assert re.search(refused, str(results[0]))
         assert producer.statistics().is_connected
         assert producer.statistics().reconnects == 0
     assert await broker.ready(queue_name) == 0

@@ -20,7 +20,13 @@ import anyio
 from aio_pika import RobustConnection
 from aiormq import exceptions as aiormq_errors
 
-from aioworkq.amqp.declare import ACCESS_REFUSED, NOT_FOUND, declare_on, look_for
+from aioworkq.amqp.declare import (
+    ACCESS_REFUSED,
+    NOT_FOUND,
+    declare_on,
+    look_for,
+    may_be_looked_for,
+)
 from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
@@ -363,8 +369,11 @@ class AmqpConnection:
         timeout: float,
     ) -> bool:
         """Look for a queue, and say whether there is nothing left to do about it."""
+        name = declaration.name
+        if declaration.if_missing == "create" and not may_be_looked_for(channel, name):
+            return False
         try:
-            await look_for(channel, declaration.name, timeout=timeout)
+            await look_for(channel, name, timeout=timeout)
         except TopologyError as exc:
             if exc.code == NOT_FOUND and declaration.if_missing == "create":
                 return False

@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 ACCESS_REFUSED: Final = 403
 NOT_FOUND: Final = 404
+_MAX_SENTENCE: Final = 255
 
 
 class _QueueDeclare(spec.Queue.Declare):
@@ -40,6 +41,17 @@ def rpc(channel: AbstractChannel, frame: Frame) -> Coroutine[Any, Any, Any]:
     """Send a frame on a channel; awaiting it returns the broker's answer."""
     call: Coroutine[Any, Any, Any] = getattr(channel, "rpc")(frame)  # noqa: B009 - not in the ABC
     return call
+
+
+def may_be_looked_for(channel: AbstractChannel, queue: str) -> bool:
+    """Say whether RabbitMQ can answer that a queue does not exist.
+
+    It cuts the sentence at 255 characters, where AMQP has room for as many bytes. From 4.0 on it
+    closes the connection over one that is longer in bytes; before, a character may be cut in two.
+    """
+    vhost = getattr(channel.connection, "vhost", "/")
+    sentence = f"NOT_FOUND - no queue '{queue}' in vhost '{vhost}'"
+    return sentence.isascii() or len(sentence.encode()) <= _MAX_SENTENCE
 
 
 async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> int:

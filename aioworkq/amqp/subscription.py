@@ -9,12 +9,14 @@ multiple ack only for a tag that is itself outstanding, which the last of such a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from aiormq.exceptions import AMQPError
 from pamqp import commands as spec
 
 from aioworkq.amqp.declare import rpc
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from aioworkq.message import Message
 
 _log = logging.getLogger("aioworkq")
+
+_QUORUM_COMMANDS: Final = 32
+"""So many commands to a quorum queue a channel lets be under way at a time
+(RabbitMQ's ``quorum_commands_soft_limit``)."""
 
 
 class _Consume(spec.Basic.Consume):
@@ -73,6 +79,8 @@ class AmqpSubscription:
         self._lost = asyncio.Event()
         self._reason = ""
         self._consumer_tag: str | None = None
+        self._returned = 0
+        self._is_flushing = False
         FrameTap(channel, on_content=self._on_content)
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
@@ -85,13 +93,19 @@ class AmqpSubscription:
             ConnectionLostError: The channel ended, or no answer came in time.
             ChannelClosed: The broker refuses.
         """
+        await self._consume({}, prefetch_count=prefetch_count, timeout=timeout)
+
+    async def _consume(
+        self, arguments: dict[str, Any], *, prefetch_count: int, timeout: float
+    ) -> None:
         what = f"consuming from queue {self._queue!r}"
         qos = self._channel.basic_qos(prefetch_count=prefetch_count)
         await guarded(qos, self._channel, timeout=timeout, what=what)
         # As aiormq's basic_consume does it, but with a name that only RabbitMQ judges.
         tag = f"aioworkq.{uuid.uuid4().hex}"
         getattr(self._channel, "consumers")[tag] = _never_called  # noqa: B009 - not in the ABC
-        consume = rpc(self._channel, _Consume(queue=self._queue, consumer_tag=tag))
+        frame = _Consume(queue=self._queue, consumer_tag=tag, arguments=arguments)
+        consume = rpc(self._channel, frame)
         answer = await guarded(consume, self._channel, timeout=timeout, what=what)
         self._consumer_tag = answer.consumer_tag
 
@@ -107,6 +121,9 @@ class AmqpSubscription:
             routing_key=method.routing_key or "",
         )
         self._outstanding[tag] = None
+        if self._is_flushing:
+            self.requeue(tag, counts=False)
+            return
         self._on_delivery(
             self, AmqpIncoming(message, tag, bool(getattr(method, "redelivered", False)))
         )
@@ -134,6 +151,7 @@ class AmqpSubscription:
         if self._lost.is_set() or tag in self._acked or self._outstanding.pop(tag, 0) == 0:
             return False
         self._requeues.append((tag, counts))
+        self._returned += 1
         self._writer.wake()
         return True
 
@@ -181,6 +199,7 @@ class AmqpSubscription:
     async def cancel(self, *, timeout: float) -> None:
         """Ask for no more deliveries, and wait until the broker agrees. Bounded, twice harmless."""
         consumer_tag, self._consumer_tag = self._consumer_tag, None
+        self._returned = 0
         if self._lost.is_set() or consumer_tag is None:
             return
         # With an answer (no nowait): what comes before it is still handed over.
@@ -198,8 +217,25 @@ class AmqpSubscription:
         if not self._lost.is_set():
             with anyio.CancelScope(shield=True), anyio.move_on_after(timeout):
                 await self._writer.wait_idle()
+                if self._returned >= _QUORUM_COMMANDS:
+                    await self._flush(timeout=timeout)
         await close_bounded(self._channel, timeout=timeout)
         self._set_lost("closed by this worker")
+
+
+    async def _flush(self, *, timeout: float) -> None:
+        """Wait until a quorum queue has taken back all that was returned.
+
+        A channel keeps what exceeds its limit of commands to a quorum queue, and forgets it when
+        it is closed: RabbitMQ 4.3 would then count these deliveries as failures. To subscribe and
+        to cancel are commands that are answered once the queue has executed them, and so all that
+        came before. What is handed over meanwhile, if no other consumer takes it, goes back.
+        """
+        self._is_flushing = True
+        with contextlib.suppress(WorkQueueError, OSError, RuntimeError, AMQPError):
+            await self._consume({"x-priority": -1000}, prefetch_count=1, timeout=timeout)
+            await self.cancel(timeout=timeout)
+            await self._writer.wait_idle()
 
 
 async def _never_called(_: object) -> None:

@@ -126,7 +126,7 @@ async def test_a_maintenance_that_closes_all_connections_is_survived(
         await node.eval('rabbit_networking:close_all_connections("maintenance")')
         (report,) = await asyncio.gather(*tasks)
         assert report.confirmed == 2000
-        assert producer.statistics().reconnects == 1
+        await eventually(lambda: producer.statistics().reconnects == 1)
         assert "maintenance" in producer.statistics().last_error
     async with Broker(node.url) as broker:
         assert {int(one.body) for one in await broker.take_all(queue_name)} == set(range(-1, 2000))
@@ -296,7 +296,11 @@ async def test_a_queue_that_never_confirms_does_not_stop_the_others(
 @pytest.fixture
 async def small_messages(rabbitmq: RabbitMQ) -> AsyncIterator[None]:
     """Let RabbitMQ refuse bodies above 100,000 bytes, as it does those above 128 MiB."""
-    set_limit = "application:set_env(rabbit, max_message_size, {})"
+    # RabbitMQ 4 reads it once, when it starts.
+    set_limit = (
+        "application:set_env(rabbit, max_message_size, {0}), "
+        "persistent_term:put(max_message_size, {0})"
+    )
     await rabbitmq.eval(set_limit.format(100_000))
     yield
     await rabbitmq.eval(set_limit.format(134_217_728))
