@@ -199,9 +199,9 @@ class AmqpSubscription:
     async def cancel(self, *, timeout: float) -> None:
         """Ask for no more deliveries, and wait until the broker agrees. Bounded, twice harmless."""
         consumer_tag, self._consumer_tag = self._consumer_tag, None
-        self._returned = 0
         if self._lost.is_set() or consumer_tag is None:
             return
+        self._returned = 0
         # With an answer (no nowait): what comes before it is still handed over.
         cancel = self._channel.basic_cancel(consumer_tag)
         what = "cancelling a consumer"
