@@ -1,12 +1,18 @@
 """Deliveries of one queue on their way through the handler: held, started, run, settled.
 
-Handlers run as tasks of the worker's task group, never inside anything that dies with a channel.
+Each handler runs in a task of its own, never inside anything that dies with a channel, and in a
+copy of the context that the worker was started in. A cancel scope around it takes the worker's
+cancellation, so that AnyIO's shields hold in a handler as they do in a task group. The task is one
+of asyncio all the same: starting it in a task group costs six times as much. One task of the
+worker's group stands for all of them, and ends with the last.
+
 Where the deliveries come from, and that they come at all, is ``consumer.py``'s.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import logging
 import math
@@ -15,7 +21,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
-from anyio.lowlevel import checkpoint_if_cancelled
+from anyio.lowlevel import checkpoint
 
 from aioworkq.errors import DecodeError, Signal
 from aioworkq.handler import ThreadCall
@@ -42,12 +48,13 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aioworkq")
 
 _MEMORY: Final = 1000
+_ACK: Final = Ack()
 
 
 class Run(Unsettled):
     """One delivery on its way through the handler."""
 
-    __slots__ = ("generation", "held", "is_done", "needs_recount", "scope", "succeeded")
+    __slots__ = ("generation", "held", "is_done", "life", "needs_recount", "scope", "succeeded")
 
     def __init__(
         self,
@@ -63,7 +70,10 @@ class Run(Unsettled):
         """The number of its subscription."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
+        self.life = anyio.CancelScope()
+        """Cancelled when the worker has no more time for it."""
         self.scope: anyio.CancelScope | None = None
+        """Around the handler: its time limit, or the loss of the connection."""
         self.held: list[Run] = []
         """Redeliveries of the same message, which wait for the end of this run."""
         self.succeeded = False
@@ -83,10 +93,13 @@ class Runs:
 
     def __init__(self, handler: Handler, *, settler: Settler, stopping: anyio.Event) -> None:
         self._handler = handler
+        self._task_name = f"aioworkq handles {handler.queue.name}"
         self._settler = settler
         self._stopping = stopping
-        self._tasks: TaskGroup | None = None
+        self._is_guarded = False
+        self._context = contextvars.Context()
         self._running: dict[Run, None] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         self._unstarted: deque[Run] = deque()
         self._orphans: list[Run] = []
         self._slots_used = 0
@@ -100,11 +113,48 @@ class Runs:
         self._idle = asyncio.Event()
         self._idle.set()
         self._may_go_back = asyncio.Event()
+        self._defect: asyncio.Future[None] | None = None
         self.duplicates = 0
 
     def start_in(self, tasks: TaskGroup) -> None:
-        """Say where handlers run; nothing is started before."""
-        self._tasks = tasks
+        """Say whose end is the handlers' end; nothing is started before."""
+        if not self._stopping.is_set():
+            self._context = contextvars.copy_context()
+            tasks.start_soon(self._guard)
+
+    async def _guard(self) -> None:
+        """Stay until the last run has ended; cancelled, cancel them, and still wait for them."""
+        self._defect = asyncio.get_running_loop().create_future()
+        self._is_guarded = True
+        try:
+            self._start_next()
+            ending = asyncio.ensure_future(self._wait_ended())
+            try:
+                await asyncio.wait({ending, self._defect}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ending.cancel()
+            if self._defect.done():
+                self._defect.result()
+        finally:
+            self._is_guarded = False
+            for run in self._running:
+                run.life.cancel()
+            with anyio.CancelScope(shield=True):
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+
+    async def _wait_ended(self) -> None:
+        await self._may_go_back.wait()
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _end_of_task(self, task: asyncio.Task[None]) -> None:
+        """Hand on what a run raised: it is no error of a handler, but a defect or an exit."""
+        self._tasks.discard(task)
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if self._defect is not None and not self._defect.done():
+            self._defect.set_exception(error)
 
     @property
     def in_flight(self) -> int:
@@ -193,49 +243,41 @@ class Runs:
         if (
             self._slots_used < self._handler.options.concurrency
             and not self._unstarted
+            and self._is_guarded
             and not self._stopping.is_set()
-            and self._tasks is not None
         ):
-            self._start(run, self._tasks)
+            self._start(run)
         else:
             self._unstarted.append(run)
 
-    def _start(self, run: Run, tasks: TaskGroup) -> None:
+    def _start(self, run: Run) -> None:
         self._slots_used += 1
         self._running[run] = None
         self._idle.clear()
-        tasks.start_soon(self._process, run)
+        # Not the context of whoever frees a slot: what one handler sets is not for the next.
+        task = asyncio.get_running_loop().create_task(
+            self._process(run),
+            name=self._task_name,
+            context=self._context.copy(),
+        )
+        self._tasks.add(task)
+        task.add_done_callback(self._end_of_task)
 
     def _start_next(self) -> None:
         """Use a slot that has become free."""
         while (
             self._unstarted
             and self._slots_used < self._handler.options.concurrency
+            and self._is_guarded
             and not self._stopping.is_set()
-            and self._tasks is not None
         ):
-            self._start(self._unstarted.popleft(), self._tasks)
+            self._start(self._unstarted.popleft())
 
     async def _process(self, run: Run) -> None:
         """Bring one delivery to its end: run the handler, settle, free the slot."""
-        outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
-        thread = None if self._handler.is_async else ThreadCall()
         try:
-            try:
-                if not await self._is_replaced(run):
-                    outcome = await self._outcome(run, thread)
-                    if isinstance(outcome, Requeue) and outcome.pause:
-                        await self._pause(outcome.pause)
-            finally:
-                if isinstance(outcome, Ack):
-                    await self._settle(run, outcome)  # never waits, so nothing can interrupt it
-                elif not run.is_settled:
-                    with anyio.CancelScope(shield=True):
-                        await self._settle(run, outcome)
-            if thread is not None and run.was_started and run in self._orphans:
-                # Its time is up and its message settled, but a thread cannot be stopped: the slot
-                # stays taken, and a redelivery of the message waits, until it ends.
-                await thread.has_ended.wait()
+            with run.life:
+                await self._run(run)
         finally:
             del self._running[run]
             self._slots_used -= 1
@@ -244,9 +286,29 @@ class Runs:
             if not self._running:
                 self._idle.set()
 
+    async def _run(self, run: Run) -> None:
+        """Run the handler, and settle."""
+        outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
+        thread = None if self._handler.is_async else ThreadCall()
+        try:
+            if not (run.needs_recount and await self._is_replaced(run)):
+                outcome = await self._outcome(run, thread)
+                if isinstance(outcome, Requeue) and outcome.pause:
+                    await self._pause(outcome.pause)
+        finally:
+            if isinstance(outcome, Ack):
+                self._settled(run, outcome, self._settler.ack(run))
+            elif not run.is_settled:
+                with anyio.CancelScope(shield=True):
+                    await self._settle(run, outcome)
+        if thread is not None and run.was_started and run in self._orphans:
+            # Its time is up and its message settled, but a thread cannot be stopped: the slot
+            # stays taken, and a redelivery of the message waits, until it ends.
+            await thread.has_ended.wait()
+
     async def _is_replaced(self, run: Run) -> bool:
         """Put a copy that carries its count in the place of a delivery, if that is necessary."""
-        if not run.needs_recount or self._is_used_up(run) or run.subscription.is_lost:
+        if self._is_used_up(run) or run.subscription.is_lost:
             return False
         with anyio.CancelScope(shield=True):
             await self._settler.recount(run)
@@ -262,7 +324,8 @@ class Runs:
     async def _outcome(self, run: Run, thread: ThreadCall | None) -> Outcome:
         """Say what becomes of the delivery, by running the handler if it may be run."""
         delivery = run.delivery
-        await checkpoint_if_cancelled()
+        if run.life.cancel_called:
+            await checkpoint()
         if run.subscription.is_lost:
             self._excuse(run)
             return Requeue(counts=False)
@@ -278,33 +341,38 @@ class Runs:
         return await self._handle(run, body, thread)
 
     async def _handle(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
-        """Run the handler."""
-        delivery, handler, options = run.delivery, self._handler, self._handler.options
-        with anyio.CancelScope() as scope:
-            run.scope = scope
+        """Run the handler, within its limits if it has any."""
+        options = self._handler.options
+        if options.timeout is None and options.on_connection_loss != "cancel":
+            return await self._call(run, body, thread)
+        with anyio.CancelScope() as run.scope:
             if options.timeout is not None:
-                scope.deadline = anyio.current_time() + options.timeout
-            try:
-                if thread is None:
-                    await handler.call(body, delivery)
-                else:
-                    await handler.call_in_thread(body, delivery, thread)
-            except Exception as exc:  # whatever a handler raises must end in an outcome
-                return self._failure(run, exc)
-            except (KeyboardInterrupt, GeneratorExit):
-                raise
-            except BaseException as exc:
-                if isinstance(exc, asyncio.CancelledError) and _is_cancelled(scope):
-                    raise
-                return self._failure(run, _as_error(exc))
-            run.succeeded = True
-            return Ack()
+                run.scope.deadline = anyio.current_time() + options.timeout
+            return await self._call(run, body, thread)
         # The scope was cancelled: by its deadline, or because the connection was lost.
         if thread is not None and not thread.has_ended.is_set() and run not in self._orphans:
             self._orphans.append(run)
-        if delivery.lost and options.on_connection_loss == "cancel":
+        if run.delivery.lost and options.on_connection_loss == "cancel":
             return Requeue(counts=False)
         return self._failure(run, TimeoutError(f"the handler exceeded {options.timeout:g} s"))
+
+    async def _call(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
+        """Call the handler, and say what its return or its error means."""
+        try:
+            if thread is None:
+                await self._handler.call(body, run.delivery)
+            else:
+                await self._handler.call_in_thread(body, run.delivery, thread)
+        except Exception as exc:  # whatever a handler raises must end in an outcome
+            return self._failure(run, exc)
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
+                raise
+            return self._failure(run, _as_error(exc))
+        run.succeeded = True
+        return _ACK
 
     def _failure(self, run: Run, exc: Exception) -> Outcome:
         """Decide what becomes of a delivery whose handler raised, and log it."""
@@ -350,9 +418,12 @@ class Runs:
             await self._may_go_back.wait()
 
     async def _settle(self, run: Run, outcome: Outcome) -> None:
-        message, counts = run.delivery.message, self._settler.counts
-        counts.handled += run.succeeded
-        settled = await self._settler.settle(run, outcome)
+        self._settled(run, outcome, await self._settler.settle(run, outcome))
+
+    def _settled(self, run: Run, outcome: Outcome, settled: Settled) -> None:
+        """Take note of what has become of a delivery."""
+        message = run.delivery.message
+        self._settler.counts.handled += run.succeeded
         # A copy that counts can be told from its original.
         is_gone = settled is Settled.ACKED and getattr(outcome, "counts", True)
         if run.succeeded or is_gone:
@@ -406,9 +477,9 @@ class Runs:
                     tasks.start_soon(self._settle, run, Requeue(counts=False))
 
 
-def _is_cancelled(scope: anyio.CancelScope) -> bool:
+def _is_cancelled() -> bool:
     """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
-    return scope.cancel_called or anyio.current_effective_deadline() == -math.inf
+    return anyio.current_effective_deadline() == -math.inf
 
 
 def _as_error(exc: BaseException) -> RuntimeError:

@@ -129,9 +129,7 @@ class Settler:
         Raises:
             RuntimeError: It was settled already: a bug of the library.
         """
-        if unsettled.is_settled:
-            raise RuntimeError(f"{unsettled.delivery!r} was settled already.")
-        unsettled.is_settled = True
+        self._begin(unsettled)
         if unsettled.subscription.is_lost:
             self.counts.stale_settles += 1
             return Settled.LOST
@@ -148,6 +146,16 @@ class Settler:
         except Exception:  # a defect of ours must neither lose the message nor end the worker
             _log.exception("%r goes back to its queue: please report this.", unsettled.delivery)
             return await self._put_back(unsettled, counts=unsettled.was_started)
+
+    def ack(self, unsettled: Unsettled) -> Settled:
+        """Carry out an `Ack`, which never waits; as `settle`."""
+        self._begin(unsettled)
+        return self._ack(unsettled)
+
+    def _begin(self, unsettled: Unsettled) -> None:
+        if unsettled.is_settled:
+            raise RuntimeError(f"{unsettled.delivery!r} was settled already.")
+        unsettled.is_settled = True
 
     async def recount(self, unsettled: Unsettled) -> bool:
         """Put a copy that carries the attempts used so far in the place of a delivery.

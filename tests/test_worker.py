@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -232,6 +233,55 @@ async def test_enter_and_exit_in_different_tasks(url: str, queue_name: str) -> N
     assert worker.is_ready
     await asyncio.create_task(worker.__aexit__(None, None, None))
     assert not worker.statistics().is_connected
+
+
+async def test_each_handler_has_a_context_of_its_own(url: str, queue_name: str) -> None:
+    """What a handler sets in a context variable is seen by no other run, but the worker's is."""
+    mine: contextvars.ContextVar[str] = contextvars.ContextVar("mine", default="unset")
+    mine.set("by the worker")
+    worker = Worker(url)
+    seen: list[str] = []
+    done = asyncio.Event()
+
+    @worker.handler(Queue(queue_name, int), concurrency=2, prefetch_count=10)
+    async def handle(number: int) -> None:
+        seen.append(mine.get())
+        mine.set(f"by message {number}")
+        await asyncio.sleep(0)
+        if len(seen) == 10:
+            done.set()
+
+    async with Producer(url) as producer, worker:
+        (await producer.publish_many(Queue(queue_name, int), range(10))).raise_for_errors()
+        async with asyncio.timeout(30):
+            await done.wait()
+    assert seen == ["by the worker"] * 10
+
+
+async def test_shields_hold_in_handlers(url: str, queue_name: str) -> None:
+    """A handler that is cancelled goes on inside a shield of AnyIO, as in a task group."""
+    worker = Worker(url, grace=0)
+    ends: list[str] = []
+    started = asyncio.Event()
+
+    @worker.handler(Queue(queue_name, int))
+    async def handle(number: int) -> None:
+        started.set()
+        try:
+            await anyio.sleep_forever()
+        finally:
+            with anyio.CancelScope(shield=True):
+                await anyio.sleep(0.01)
+                ends.append("cleaned up")
+            with contextlib.suppress(asyncio.CancelledError):
+                await anyio.sleep_forever()
+            ends.append("cancelled again")
+
+    async with Producer(url) as producer, worker:
+        await producer.publish(Queue(queue_name, int), 1)
+        async with asyncio.timeout(30):
+            await started.wait()
+    assert ends == ["cleaned up", "cancelled again"]
 
 
 async def test_handler_that_cancels_its_own_task(
