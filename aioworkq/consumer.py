@@ -115,6 +115,7 @@ class Consumer:
             dead_lettered=counts.dead_lettered,
             duplicates=self._runs.duplicates,
             stale_settles=counts.stale_settles,
+            is_slowed=self._runs.is_slowed,
             losses=self._losses,
             last_error=self._last_error,
         )

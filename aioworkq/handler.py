@@ -48,6 +48,7 @@ class Options:
     on_error: OnError
     on_connection_loss: OnConnectionLoss
     retry: RetryPolicy | None = None
+    slow_down: bool = True
 
 
 class ThreadCall:
@@ -141,6 +142,7 @@ def make_handler(
     on_error: OnError,
     on_connection_loss: OnConnectionLoss,
     retry: RetryPolicy | None,
+    slow_down: bool,
 ) -> Handler:
     """Check a function and its options, and make a handler of them.
 
@@ -180,6 +182,7 @@ def make_handler(
             on_error=on_error,
             on_connection_loss=on_connection_loss,
             retry=retry,
+            slow_down=slow_down,
         ),
     )
 
@@ -194,6 +197,7 @@ def _check_options(
     on_error: OnError,
     on_connection_loss: OnConnectionLoss,
     retry: RetryPolicy | None,
+    slow_down: bool,
 ) -> Options:
     if concurrency is None:
         concurrency = _ASYNC_CONCURRENCY if is_async else os.cpu_count() or 1
@@ -234,6 +238,7 @@ def _check_options(
         on_error=on_error,
         on_connection_loss=on_connection_loss,
         retry=retry,
+        slow_down=slow_down,
     )
 
 

@@ -36,6 +36,7 @@ from aioworkq.outcome import (
     is_used_up,
     outcome_of,
 )
+from aioworkq.pace import Pace
 from aioworkq.redelivery import RedeliveryMemory, identity, is_same_message
 from aioworkq.settle import Settled, Settler, Unsettled
 
@@ -54,7 +55,16 @@ _ACK: Final = Ack()
 class Run(Unsettled):
     """One delivery on its way through the handler."""
 
-    __slots__ = ("generation", "held", "is_done", "life", "needs_recount", "scope", "succeeded")
+    __slots__ = (
+        "generation",
+        "has_failed",
+        "held",
+        "is_done",
+        "life",
+        "needs_recount",
+        "scope",
+        "succeeded",
+    )
 
     def __init__(
         self,
@@ -76,6 +86,8 @@ class Run(Unsettled):
         """Around the handler: its time limit, or the loss of the connection."""
         self.held: list[Run] = []
         """Redeliveries of the same message, which wait for the end of this run."""
+        self.has_failed = False
+        """Whether the handler raised an error, or exceeded its time limit."""
         self.succeeded = False
         """Whether the handler returned."""
         self.is_done = False
@@ -98,6 +110,9 @@ class Runs:
         self._stopping = stopping
         self._is_guarded = False
         self._context = contextvars.Context()
+        options = handler.options
+        self._pace = Pace(options.concurrency, slow_down=options.slow_down)
+        self._resting: asyncio.TimerHandle | None = None
         self._running: dict[Run, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unstarted: deque[Run] = deque()
@@ -160,6 +175,11 @@ class Runs:
     def in_flight(self) -> int:
         """How many handlers run."""
         return len(self._running)
+
+    @property
+    def is_slowed(self) -> bool:
+        """Whether one runs at a time, because nearly everything fails."""
+        return self._pace.is_slowed
 
     @property
     def waiting(self) -> int:
@@ -240,12 +260,7 @@ class Runs:
         return True
 
     def _start_or_keep(self, run: Run) -> None:
-        if (
-            self._slots_used < self._handler.options.concurrency
-            and not self._unstarted
-            and self._is_guarded
-            and not self._stopping.is_set()
-        ):
+        if self._has_room and not self._unstarted:
             self._start(run)
         else:
             self._unstarted.append(run)
@@ -265,13 +280,30 @@ class Runs:
 
     def _start_next(self) -> None:
         """Use a slot that has become free."""
-        while (
-            self._unstarted
-            and self._slots_used < self._handler.options.concurrency
+        while self._unstarted and self._has_room:
+            self._start(self._unstarted.popleft())
+
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more may be started."""
+        return (
+            self._slots_used < self._pace.limit
+            and self._resting is None
             and self._is_guarded
             and not self._stopping.is_set()
-        ):
-            self._start(self._unstarted.popleft())
+        )
+
+    def _rest(self) -> None:
+        """Start nothing for a moment: nearly everything fails."""
+        if not self._may_go_back.is_set():
+            loop = asyncio.get_running_loop()
+            self._resting = loop.call_later(self._pace.rest(), self._end_rest)
+
+    def _end_rest(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
+        self._start_next()
 
     async def _process(self, run: Run) -> None:
         """Bring one delivery to its end: run the handler, settle, free the slot."""
@@ -281,6 +313,8 @@ class Runs:
         finally:
             del self._running[run]
             self._slots_used -= 1
+            if run.has_failed and self._pace.is_slowed and not self._slots_used:
+                self._rest()
             self._release_held(run)
             self._start_next()
             if not self._running:
@@ -372,6 +406,9 @@ class Runs:
                 raise
             return self._failure(run, _as_error(exc))
         run.succeeded = True
+        if self._pace.succeeded():
+            _log.warning("Handler %s succeeds again: back to full speed.", self._handler.name)
+            self._end_rest()
         return _ACK
 
     def _failure(self, run: Run, exc: Exception) -> Outcome:
@@ -398,6 +435,14 @@ class Runs:
             outcome = DeadLetter(f"gave up after {delivery.attempt} attempts", failure_of(exc))
         if not isinstance(exc, Signal):
             self._settler.counts.failed += 1
+            run.has_failed = True
+            message = delivery.message
+            if self._pace.failed(message.message_id or hash(message.body)):
+                _log.warning(
+                    "Handler %s fails on nearly every message: it runs one at a time, with rests, "
+                    "until one succeeds. What it needs may be down.",
+                    self._handler.name,
+                )
             _log.warning(
                 "Handler %s failed on %r: %s.",
                 self._handler.name,
@@ -466,6 +511,8 @@ class Runs:
     def end_pauses(self) -> None:
         """Give back at once what is kept for a pause: nothing is handed over here any more."""
         self._may_go_back.set()
+        if self._resting is not None:
+            self._resting.cancel()
 
     async def give_back_unstarted(self) -> None:
         """Give back what was delivered and never started; that is no attempt. Bounded."""

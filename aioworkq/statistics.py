@@ -54,6 +54,7 @@ class ConsumerStatistics:
         dead_lettered: Messages put into the dead-letter queue.
         duplicates: Redeliveries acked without a second run, because the first run had succeeded.
         stale_settles: Outcomes that came too late, because the channel was lost.
+        is_slowed: Whether one runs at a time, because nearly everything fails.
         losses: How often the subscription was lost.
         last_error: Why it was last lost or refused; empty if it never was.
     """
@@ -69,6 +70,7 @@ class ConsumerStatistics:
     dead_lettered: int
     duplicates: int
     stale_settles: int
+    is_slowed: bool
     losses: int
     last_error: str
 

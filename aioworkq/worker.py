@@ -143,6 +143,7 @@ class Worker:
         on_error: OnError = "requeue",
         on_connection_loss: OnConnectionLoss = "finish",
         retry: RetryPolicy | None = None,
+        slow_down: bool = True,
     ) -> Register[T]:
         """Register a function as the handler of a queue; it is returned unchanged.
 
@@ -169,6 +170,10 @@ class Worker:
                 handed over again (a redelivery here waits for them); ``"cancel"`` cancels them.
             retry: Instead of requeueing a failed message, let it wait in RabbitMQ for the policy's
                 delays; the policy's ``attempts`` count. Only for the default ``on_error``.
+            slow_down: When nine in ten of the last runs failed (at least ten runs, or twice the
+                concurrency, of five messages or more), run one at a time, with rests from 0.1 to
+                5 s, until one succeeds: an outage of what the handler needs shall not use up the
+                attempts of the whole queue.
 
         Raises:
             TypeError: The function does not take what a handler is given.
@@ -199,6 +204,7 @@ class Worker:
                 on_error=on_error,
                 on_connection_loss=on_connection_loss,
                 retry=retry,
+                slow_down=slow_down,
             )
             return function
 

@@ -39,6 +39,7 @@ def make(function: Callable[..., Any], queue: Queue[Any] = EMAILS, **options: An
         "on_error": "requeue",
         "on_connection_loss": "finish",
         "retry": None,
+        "slow_down": True,
     }
     return make_handler(queue, function, **{**defaults, **options})
 

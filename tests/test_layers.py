@@ -24,6 +24,7 @@ LAYERS: dict[str, int] = {
     "topology": 2,
     "outcome": 2,
     "statistics": 2,
+    "pace": 2,
     "delay": 3,
     "broker": 3,
     "amqp": 4,

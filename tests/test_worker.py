@@ -24,7 +24,7 @@ from aioworkq import (
     Worker,
     WorkQueueError,
 )
-from tests.consuming import Broker, eventually
+from tests.consuming import Broker, eventually, publish_all
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -613,3 +613,55 @@ async def test_a_queue_may_have_any_name_that_rabbitmq_takes(url: str) -> None:
         for name in names:
             await producer.publish(Queue(name, str), name)
         await eventually(lambda: seen == names)
+
+
+async def test_an_outage_is_no_flood_of_dead_letters(
+    url: str, queue_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When everything fails, one runs at a time, until one succeeds: then all are handled."""
+    worker = Worker(url)
+    is_up = False
+    running, most_when_slow = 0, 0
+    handled: set[int] = set()
+
+    @worker.handler(Queue(queue_name, int), concurrency=10, on_error="dead-letter")
+    async def call_a_service(number: int) -> None:
+        nonlocal running, most_when_slow
+        running += 1
+        try:
+            if worker.statistics().consumers[queue_name].is_slowed:
+                most_when_slow = max(most_when_slow, running)
+            await anyio.lowlevel.checkpoint()
+            if not is_up:
+                raise ConnectionError("the service is down")
+            handled.add(number)
+        finally:
+            running -= 1
+
+    async with worker, Producer(url) as producer, Broker(url) as broker:
+        await publish_all(producer, queue_name, range(500))
+        await eventually(lambda: worker.statistics().consumers[queue_name].is_slowed)
+        failed = worker.statistics().failed
+        await eventually(lambda: worker.statistics().failed >= failed + 3)
+        assert most_when_slow == 1
+        assert worker.statistics().dead_lettered < 100
+        is_up = True
+        await eventually(lambda: len(handled) == 500 - worker.statistics().dead_lettered)
+        assert not worker.statistics().consumers[queue_name].is_slowed
+        assert await broker.ready(f"{queue_name}.dead") == worker.statistics().dead_lettered
+    assert "fails on nearly every message" in caplog.text
+    assert "succeeds again: back to full speed" in caplog.text
+
+
+async def test_slowing_down_can_be_turned_off(url: str, queue_name: str) -> None:
+    """With slow_down=False a handler that always fails goes on at full speed."""
+    worker = Worker(url)
+
+    @worker.handler(Queue(queue_name, int), on_error="dead-letter", slow_down=False)
+    async def fail(number: int) -> None:
+        raise ConnectionError("the service is down")
+
+    async with worker, Producer(url) as producer:
+        await publish_all(producer, queue_name, range(200))
+        await eventually(lambda: worker.statistics().dead_lettered == 200)
+        assert not worker.statistics().consumers[queue_name].is_slowed

@@ -222,7 +222,6 @@ class AmqpSubscription:
         await close_bounded(self._channel, timeout=timeout)
         self._set_lost("closed by this worker")
 
-
     async def _flush(self, *, timeout: float) -> None:
         """Wait until a quorum queue has taken back all that was returned.
 
