@@ -118,6 +118,10 @@ class Subscription(Protocol):
         """Ask for no more deliveries; those that came can still be settled. Bounded."""
         ...
 
+    async def resume(self, *, prefetch_count: int, timeout: float) -> None:
+        """Ask for deliveries again, after `cancel`. Bounded; if it fails, the channel is lost."""
+        ...
+
     async def aclose(self, *, timeout: float) -> None:
         """Send what is settled, then close the channel. Bounded, twice harmless."""
         ...

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from aioworkq.broker import Connection, Subscription
     from aioworkq.handler import Handler
     from aioworkq.outbox import Outbox
+    from aioworkq.settle import Unsettled
+    from aioworkq.trials import Trials
 
 _log = logging.getLogger("aioworkq")
 
@@ -52,6 +54,7 @@ class Consumer:
         outbox: What copies are published through.
         stopping: Set once the worker stops.
         timeout: Seconds for a declaration, a subscription or a copy.
+        trials: What lets a message run alone in the worker.
         on_change: Called when the state changed.
     """
 
@@ -63,6 +66,7 @@ class Consumer:
         outbox: Outbox,
         stopping: anyio.Event,
         timeout: float,
+        trials: Trials,
         on_change: Callable[[], None],
     ) -> None:
         self.handler = handler
@@ -82,7 +86,17 @@ class Consumer:
         self._loop_scope: anyio.CancelScope | None = None
         self._subscription: Subscription | None = None
         self._was_subscribed = False
-        self._runs = Runs(handler, settler=self._settler, stopping=stopping)
+        self._trials = trials
+        trials.join(self)
+        self._runs = Runs(
+            handler,
+            settler=self._settler,
+            stopping=stopping,
+            trials=trials,
+            on_change_of_prefetch=self._restore_prefetch,
+        )
+        self._paused: Subscription | None = None
+        self._tasks: TaskGroup | None = None
         self._is_answered = asyncio.Event()
         self._is_answered.set()
         self._losses = 0
@@ -129,6 +143,7 @@ class Consumer:
             ConnectionLostError: The connection can never be made.
             TopologyError: The queue can never be consumed from.
         """
+        self._tasks = tasks
         self._runs.start_in(tasks)
         with anyio.CancelScope() as self._loop_scope:
             failures = 0
@@ -136,6 +151,7 @@ class Consumer:
                 self._change(ConsumerState.CONNECTING)
                 try:
                     await self._connection.wait_connected()
+                    await self._trials.wait_over()
                     subscription = await self._subscribe(failures)
                 except WorkQueueError as exc:
                     if self._stopping.is_set():
@@ -160,7 +176,7 @@ class Consumer:
             self._is_answered.clear()
             subscription = await self._connection.subscribe(
                 self.queue.name,
-                prefetch_count=self.handler.options.prefetch_count,
+                prefetch_count=self._runs.prefetch_count,
                 on_delivery=self._runs.on_delivery,
                 timeout=self._timeout,
             )
@@ -207,6 +223,46 @@ class Consumer:
             reason if reason.endswith(".") else f"{reason}.",
         )
         self._change(ConsumerState.LOST)
+
+    # Trials
+
+    async def pause(self, *, keep: Unsettled) -> None:
+        """Take no more deliveries, and give back what was not started, but for one. Bounded."""
+        subscription = self._paused = self._subscription
+        if subscription is not None:
+            await subscription.cancel(timeout=_STEP_TIMEOUT)
+        await self._runs.give_back_unstarted(keep=keep)
+
+    async def resume(self) -> None:
+        """Take deliveries again. Bounded."""
+        subscription, self._paused = self._paused, None
+        if subscription is not None and subscription is self._subscription:
+            await self._ask_again(subscription)
+        self._runs.start_waiting()
+
+    async def _ask_again(self, subscription: Subscription) -> None:
+        if self._stopping.is_set() or self._state in _ENDS:
+            return
+        self._is_answered.clear()  # a stop waits for it, and then cancels
+        try:
+            await subscription.resume(
+                prefetch_count=self._runs.prefetch_count,
+                timeout=_STEP_TIMEOUT,
+            )
+        finally:
+            self._is_answered.set()
+
+    def _restore_prefetch(self) -> None:
+        if self._tasks is not None and not self._stopping.is_set():
+            self._tasks.start_soon(self._subscribe_anew)
+
+    async def _subscribe_anew(self) -> None:
+        """Ask for as many deliveries as the handler wants, on the same channel."""
+        subscription = self._subscription
+        if subscription is not None and not self._trials.is_on and not self._stopping.is_set():
+            await subscription.cancel(timeout=_STEP_TIMEOUT)
+            if not self._trials.is_on:
+                await self._ask_again(subscription)
 
     # Stopping
 

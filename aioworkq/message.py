@@ -32,9 +32,13 @@ FIRST_FAILURE: Final = "x-aioworkq-first-failure"
 LAST_FAILURE: Final = "x-aioworkq-last-failure"
 """When the last attempt failed (UTC timestamp)."""
 
+TRIAL: Final = "x-aioworkq-trial"
+"""On a copy that has one attempt left after its process died: it is run alone (bool)."""
+
 OUR_HEADERS: Final = frozenset(
     {
         ATTEMPTS,
+        TRIAL,
         QUEUE,
         REASON,
         EXCEPTION_TYPE,
@@ -215,6 +219,11 @@ def returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
     return 1 if redelivered else 0
 
 
+def own_attempts(headers: Mapping[str, Any]) -> int:
+    """Return the attempts that were used up before this copy was published."""
+    return _count(headers, ATTEMPTS)
+
+
 def used_attempts(headers: Mapping[str, Any], *, redelivered: bool, excused: int = 0) -> int:
     """Count the attempts that were used up before this delivery.
 
@@ -223,7 +232,7 @@ def used_attempts(headers: Mapping[str, Any], *, redelivered: bool, excused: int
         redelivered: The delivery's flag.
         excused: How many of the returns are known not to have been attempts.
     """
-    return _count(headers, ATTEMPTS) + max(0, returns(headers, redelivered=redelivered) - excused)
+    return own_attempts(headers) + max(0, returns(headers, redelivered=redelivered) - excused)
 
 
 def dead_letter_headers(
@@ -249,6 +258,7 @@ def dead_letter_headers(
         now: The time of the failure, aware.
     """
     dead = strip_broker_headers(headers)
+    dead.pop(TRIAL, None)
     dead[QUEUE] = queue
     dead[REASON] = _bounded(reason, _MAX_REASON)
     dead[ATTEMPTS] = attempts

@@ -58,9 +58,10 @@ class RedeliveryMemory(Generic[K]):
         self._size = size
         self._acked: OrderedDict[Identity, K] = OrderedDict()
         self._excused: OrderedDict[Identity, int] = OrderedDict()
+        self._returned: OrderedDict[Identity, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._acked) + len(self._excused)
+        return len(self._acked) + len(self._excused) + len(self._returned)
 
     def acked(self, message: Message, subscription: K) -> None:
         """Remember that a message is done, and was acked on this subscription."""
@@ -68,6 +69,7 @@ class RedeliveryMemory(Generic[K]):
         if key is None:
             return
         self._excused.pop(key, None)
+        self._returned.pop(key, None)
         self._acked[key] = subscription
         if len(self._acked) > self._size:
             self._acked.popitem(last=False)
@@ -93,6 +95,20 @@ class RedeliveryMemory(Generic[K]):
         key = identity(message) if self._excused else None
         return 0 if key is None else self._excused.get(key, 0)
 
+    def returned(self, message: Message) -> None:
+        """Remember that this message was given back here, after a failed attempt."""
+        key = identity(message)
+        if key is None:
+            return
+        self._returned[key] = self._returned.pop(key, 0) + 1
+        if len(self._returned) > self._size:
+            self._returned.popitem(last=False)
+
+    def returns(self, message: Message) -> int:
+        """Return how many returns of this message were failed attempts of this process."""
+        key = identity(message) if self._returned else None
+        return 0 if key is None else self._returned.get(key, 0)
+
     def started(self, message: Message) -> None:
         """Forget the ack of an equal message: what runs now must be settled by itself."""
         key = identity(message) if self._acked else None
@@ -101,6 +117,7 @@ class RedeliveryMemory(Generic[K]):
 
     def settled(self, message: Message) -> None:
         """Forget the excuses: this copy is gone, and an equal one has counts of its own."""
-        key = identity(message) if self._excused else None
+        key = identity(message) if self._excused or self._returned else None
         if key is not None:
             self._excused.pop(key, None)
+            self._returned.pop(key, None)

@@ -25,7 +25,13 @@ from anyio.lowlevel import checkpoint
 
 from aioworkq.errors import DecodeError, Signal
 from aioworkq.handler import ThreadCall
-from aioworkq.message import Delivery, is_counted_by_broker, used_attempts
+from aioworkq.message import (
+    TRIAL,
+    Delivery,
+    is_counted_by_broker,
+    own_attempts,
+    used_attempts,
+)
 from aioworkq.outcome import (
     Ack,
     DeadLetter,
@@ -41,14 +47,18 @@ from aioworkq.redelivery import RedeliveryMemory, identity, is_same_message
 from aioworkq.settle import Settled, Settler, Unsettled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from anyio.abc import TaskGroup
 
     from aioworkq.broker import Incoming, Subscription
     from aioworkq.handler import Handler
+    from aioworkq.trials import Trials
 
 _log = logging.getLogger("aioworkq")
 
 _MEMORY: Final = 1000
+_NO_COPY_PAUSE: Final = 1.0
 _ACK: Final = Ack()
 
 
@@ -62,6 +72,7 @@ class Run(Unsettled):
         "is_done",
         "life",
         "needs_recount",
+        "needs_trial",
         "scope",
         "succeeded",
     )
@@ -80,6 +91,8 @@ class Run(Unsettled):
         """The number of its subscription."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
+        self.needs_trial = False
+        """Whether it must be marked for a trial before its last start."""
         self.life = anyio.CancelScope()
         """Cancelled when the worker has no more time for it."""
         self.scope: anyio.CancelScope | None = None
@@ -101,13 +114,27 @@ class Runs:
         handler: What to run.
         settler: What carries out the outcomes.
         stopping: Set once the worker stops: then nothing is started any more.
+        trials: What lets a message run alone in the worker.
+        on_change_of_prefetch: Called when `prefetch_count` is back at what the handler asks for.
     """
 
-    def __init__(self, handler: Handler, *, settler: Settler, stopping: anyio.Event) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        settler: Settler,
+        stopping: anyio.Event,
+        trials: Trials,
+        on_change_of_prefetch: Callable[[], None],
+    ) -> None:
         self._handler = handler
         self._task_name = f"aioworkq handles {handler.queue.name}"
         self._settler = settler
         self._stopping = stopping
+        self._trials = trials
+        self._on_change_of_prefetch = on_change_of_prefetch
+        self._trying: dict[Run, asyncio.Task[None]] = {}
+        self._is_cautious = False
         self._is_guarded = False
         self._context = contextvars.Context()
         options = handler.options
@@ -142,7 +169,7 @@ class Runs:
         self._defect = asyncio.get_running_loop().create_future()
         self._is_guarded = True
         try:
-            self._start_next()
+            self.start_waiting()
             ending = asyncio.ensure_future(self._wait_ended())
             try:
                 await asyncio.wait({ending, self._defect}, return_when=asyncio.FIRST_COMPLETED)
@@ -184,7 +211,13 @@ class Runs:
     @property
     def waiting(self) -> int:
         """How many deliveries are here and not started."""
-        return len(self._unstarted) + sum(len(run.held) for run in self._orphans)
+        held = sum(len(run.held) for run in self._orphans)
+        return len(self._unstarted) + len(self._trying) + held
+
+    @property
+    def prefetch_count(self) -> int:
+        """How many deliveries to ask for: one by one while they come for a trial."""
+        return 1 if self._is_cautious else self._handler.options.prefetch_count
 
     def forget_lost(self) -> None:
         """Take note of what cannot be settled any more, because its subscription is lost."""
@@ -194,6 +227,9 @@ class Runs:
             for run in [run for run in runs if run.subscription.is_lost]:
                 runs.remove(run)
                 self._excuse(run)
+        for run in [run for run in self._trying if run.subscription.is_lost]:
+            self._trying.pop(run).cancel()
+            self._excuse(run)
         for run in self._running:
             if run.subscription.is_lost and not run.delivery.lost:
                 run.delivery.lost = True
@@ -235,10 +271,30 @@ class Runs:
             if self._is_known(run):
                 return
             is_classic = not is_counted_by_broker(message.headers)
-            run.needs_recount = is_classic and used > used_attempts(
-                message.headers, redelivered=False
-            )
+            run.needs_recount = is_classic and used > own_attempts(message.headers)
+            run.needs_trial = self._is_suspect(run)
+        if TRIAL in message.headers and not self._is_used_up(run):
+            self._try_or_keep(run)
+            return
+        if self._is_cautious:
+            self._is_cautious = False
+            self._on_change_of_prefetch()
         self._start_or_keep(run)
+
+    def _is_suspect(self, run: Run) -> bool:
+        """Say whether a message has one attempt left, and may have killed the process before.
+
+        What this process gave back itself, after a failure, did not kill it.
+        """
+        message, attempts = run.delivery.message, self._handler.options.attempts
+        charged = run.used - own_attempts(message.headers) - self._memory.returns(message)
+        return (
+            attempts is not None
+            and attempts > 1
+            and run.used >= attempts - 1
+            and charged > 0
+            and TRIAL not in message.headers
+        )
 
     def _is_held(self, run: Run) -> bool:
         """Let a redelivery, or a copy, of what still runs here wait for the end of that run."""
@@ -259,6 +315,21 @@ class Runs:
         self._ack_duplicate(run)
         return True
 
+    def _try_or_keep(self, run: Run) -> None:
+        """Run a message once the worker holds no other, see `trials.py`."""
+        if not self._is_guarded or self._stopping.is_set():
+            self._unstarted.append(run)
+            return
+
+        async def process() -> None:
+            del self._trying[run]
+            self._slots_used += 1
+            self._running[run] = None
+            self._idle.clear()
+            await self._process(run)
+
+        self._trying[run] = self._start_task(self._trials.run_alone(run, process))
+
     def _start_or_keep(self, run: Run) -> None:
         if self._has_room and not self._unstarted:
             self._start(run)
@@ -269,17 +340,21 @@ class Runs:
         self._slots_used += 1
         self._running[run] = None
         self._idle.clear()
+        self._start_task(self._process(run))
+
+    def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         # Not the context of whoever frees a slot: what one handler sets is not for the next.
         task = asyncio.get_running_loop().create_task(
-            self._process(run),
+            work,
             name=self._task_name,
             context=self._context.copy(),
         )
         self._tasks.add(task)
         task.add_done_callback(self._end_of_task)
+        return task
 
-    def _start_next(self) -> None:
-        """Use a slot that has become free."""
+    def start_waiting(self) -> None:
+        """Start what waits for a slot, if one is free."""
         while self._unstarted and self._has_room:
             self._start(self._unstarted.popleft())
 
@@ -289,6 +364,7 @@ class Runs:
         return (
             self._slots_used < self._pace.limit
             and self._resting is None
+            and not self._trials.is_on
             and self._is_guarded
             and not self._stopping.is_set()
         )
@@ -303,7 +379,7 @@ class Runs:
         if self._resting is not None:
             self._resting.cancel()
             self._resting = None
-        self._start_next()
+        self.start_waiting()
 
     async def _process(self, run: Run) -> None:
         """Bring one delivery to its end: run the handler, settle, free the slot."""
@@ -316,7 +392,7 @@ class Runs:
             if run.has_failed and self._pace.is_slowed and not self._slots_used:
                 self._rest()
             self._release_held(run)
-            self._start_next()
+            self.start_waiting()
             if not self._running:
                 self._idle.set()
 
@@ -325,7 +401,8 @@ class Runs:
         outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
         thread = None if self._handler.is_async else ThreadCall()
         try:
-            if not (run.needs_recount and await self._is_replaced(run)):
+            needs_copy = run.needs_recount or run.needs_trial
+            if not (needs_copy and await self._is_replaced(run)):
                 outcome = await self._outcome(run, thread)
                 if isinstance(outcome, Requeue) and outcome.pause:
                     await self._pause(outcome.pause)
@@ -342,10 +419,11 @@ class Runs:
 
     async def _is_replaced(self, run: Run) -> bool:
         """Put a copy that carries its count in the place of a delivery, if that is necessary."""
-        if self._is_used_up(run) or run.subscription.is_lost:
+        if (self._is_used_up(run) and not run.needs_trial) or run.subscription.is_lost:
             return False
+        trial_of = self._handler.options.attempts if run.needs_trial else None
         with anyio.CancelScope(shield=True):
-            await self._settler.recount(run)
+            await self._settler.recount(run, trial_of=trial_of)
         if run.is_settled:
             self._memory.acked(run.delivery.message, run.generation)
             run.is_done = True
@@ -363,8 +441,11 @@ class Runs:
         if run.subscription.is_lost:
             self._excuse(run)
             return Requeue(counts=False)
+        if run.needs_trial:
+            return Requeue(counts=False, pause=_NO_COPY_PAUSE)
         if self._is_used_up(run):
-            return DeadLetter(f"gave up after {run.used} attempts, the last one unfinished")
+            is_charged = run.used > own_attempts(delivery.message.headers)
+            return DeadLetter("crashed" if is_charged else f"gave up after {run.used} attempts")
         try:
             body = self._handler.decode(delivery)
         except Exception as exc:  # a user's type may raise what no codec expects
@@ -477,6 +558,8 @@ class Runs:
             run.is_done = True
         elif settled is Settled.ACKED:
             self._memory.settled(message)
+        elif settled is Settled.RETURNED and getattr(outcome, "counts", False):
+            self._memory.returned(message)
         elif settled is Settled.OVERCOUNTED:
             self._excuse(run)
 
@@ -514,9 +597,17 @@ class Runs:
         if self._resting is not None:
             self._resting.cancel()
 
-    async def give_back_unstarted(self) -> None:
-        """Give back what was delivered and never started; that is no attempt. Bounded."""
-        unstarted = [run for run in self._unstarted if not run.subscription.is_lost]
+    async def give_back_unstarted(self, *, keep: Unsettled | None = None) -> None:
+        """Give back what was delivered and never started; that is no attempt. Bounded.
+
+        Args:
+            keep: What waits for its trial and is not given back.
+        """
+        trying = [run for run in self._trying if run is not keep]
+        self._is_cautious = bool(trying)
+        for run in trying:
+            self._trying.pop(run).cancel()
+        unstarted = [run for run in (*self._unstarted, *trying) if not run.subscription.is_lost]
         self._unstarted.clear()
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as tasks:

@@ -22,6 +22,7 @@ from aioworkq.message import (
     ATTEMPTS,
     FIRST_FAILURE,
     LAST_FAILURE,
+    TRIAL,
     dead_letter_headers,
     is_counted_by_broker,
 )
@@ -157,18 +158,25 @@ class Settler:
             raise RuntimeError(f"{unsettled.delivery!r} was settled already.")
         unsettled.is_settled = True
 
-    async def recount(self, unsettled: Unsettled) -> bool:
+    async def recount(self, unsettled: Unsettled, *, trial_of: int | None = None) -> bool:
         """Put a copy that carries the attempts used so far in the place of a delivery.
 
         A classic queue tells that a message was handed over before, but not how often. One that
         kills its process would be started for ever; so what is about to be started once more is
         replaced, and the copy's own first start is a new one to the queue.
 
+        Args:
+            unsettled: The delivery.
+            trial_of: How many attempts there are, if the copy is for a trial, see `trials.py`.
+
         Returns:
             Whether that was done; if not, nothing was settled.
         """
         timeout = min(self._timeout, _STOPPING_TIMEOUT)
-        if not await self._copy_back(unsettled, used=unsettled.used, timeout=timeout):
+        used, is_trial = unsettled.used, trial_of is not None
+        if trial_of is not None:
+            used = min(used, trial_of - 1)
+        if not await self._copy_back(unsettled, used=used, is_trial=is_trial, timeout=timeout):
             return False
         unsettled.is_settled = True
         self._ack(unsettled)
@@ -219,10 +227,13 @@ class Settler:
         unsettled: Unsettled,
         *,
         used: int,
+        is_trial: bool = False,
         timeout: float | None = None,
     ) -> bool:
         message = unsettled.delivery.message
         headers = {**message.headers, ATTEMPTS: used}
+        if is_trial:
+            headers[TRIAL] = True
         if not used:
             del headers[ATTEMPTS]
         return await self._publish(message.copy_to(self._queue.name, headers), timeout=timeout)
@@ -233,6 +244,7 @@ class Settler:
         now = datetime.now(UTC)
         headers = {FIRST_FAILURE: now, **delivery.message.headers, LAST_FAILURE: now}
         headers[ATTEMPTS] = delivery.attempt if outcome.counts else unsettled.used
+        headers.pop(TRIAL, None)
         copy = delivery.message.copy_to(self._queue.name, headers)
         # In a delay queue an expiration would end the delay.
         copy.expiration = None

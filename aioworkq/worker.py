@@ -26,6 +26,7 @@ from aioworkq.outbox import Outbox
 from aioworkq.producer import check_connection_options
 from aioworkq.statistics import WorkerStatistics
 from aioworkq.topology import Queue, as_queue
+from aioworkq.trials import Trials
 
 if TYPE_CHECKING:
     import ssl
@@ -242,6 +243,7 @@ class Worker:
             )
         self._was_started = True
         self._loop = asyncio.get_running_loop()
+        trials = Trials()
         self._consumers = [
             Consumer(
                 handler,
@@ -249,6 +251,7 @@ class Worker:
                 outbox=self._outbox,
                 stopping=self._stopping,
                 timeout=self._timeout,
+                trials=trials,
                 on_change=self._changes.notify,
             )
             for handler in self._handlers.values()

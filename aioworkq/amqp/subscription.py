@@ -212,6 +212,17 @@ class AmqpSubscription:
         except Exception as exc:  # aiormq's own: the channel is gone
             self._set_lost(describe(exc))
 
+    async def resume(self, *, prefetch_count: int, timeout: float) -> None:
+        """Ask for deliveries again; see the protocol."""
+        if self._lost.is_set() or self._consumer_tag is not None:
+            return
+        try:
+            await self.consume(prefetch_count=prefetch_count, timeout=timeout)
+        except (WorkQueueError, OSError, RuntimeError) as exc:
+            self._set_lost(str(exc))
+        except AMQPError as exc:
+            self._set_lost(describe(exc))
+
     async def aclose(self, *, timeout: float) -> None:
         """Send what is settled, then close the channel. Bounded, twice harmless."""
         if not self._lost.is_set():
