@@ -228,6 +228,15 @@ class Connection(Protocol):
         """
         ...
 
+    async def delete_queue(self, queue: str, *, timeout: float) -> None:
+        """Delete a queue with all that is in it; one that does not exist is deleted already.
+
+        Raises:
+            TopologyError: It may not be deleted.
+            ConnectionLostError: As for `declare`.
+        """
+        ...
+
     async def open_getter(self, queue: str, *, timeout: float) -> Getter:
         """Open a channel to take single messages.
 

@@ -96,6 +96,7 @@ class Consumer:
             on_change_of_prefetch=self._restore_prefetch,
         )
         self._paused: Subscription | None = None
+        self._asking = asyncio.Lock()
         self._tasks: TaskGroup | None = None
         self._is_answered = asyncio.Event()
         self._is_answered.set()
@@ -230,14 +231,16 @@ class Consumer:
         """Take no more deliveries, and give back what was not started, but for one. Bounded."""
         subscription = self._paused = self._subscription
         if subscription is not None:
-            await subscription.cancel(timeout=_STEP_TIMEOUT)
+            async with self._asking:
+                await subscription.cancel(timeout=_STEP_TIMEOUT)
         await self._runs.give_back_unstarted(keep=keep)
 
     async def resume(self) -> None:
         """Take deliveries again. Bounded."""
         subscription, self._paused = self._paused, None
         if subscription is not None and subscription is self._subscription:
-            await self._ask_again(subscription)
+            async with self._asking:
+                await self._ask_again(subscription)
         self._runs.start_waiting()
 
     async def _ask_again(self, subscription: Subscription) -> None:
@@ -258,10 +261,10 @@ class Consumer:
 
     async def _subscribe_anew(self) -> None:
         """Ask for as many deliveries as the handler wants, on the same channel."""
-        subscription = self._subscription
-        if subscription is not None and not self._trials.is_on and not self._stopping.is_set():
-            await subscription.cancel(timeout=_STEP_TIMEOUT)
-            if not self._trials.is_on:
+        async with self._asking:
+            subscription = self._subscription
+            if subscription is not None and not self._trials.is_on:
+                await subscription.cancel(timeout=_STEP_TIMEOUT)
                 await self._ask_again(subscription)
 
     # Stopping

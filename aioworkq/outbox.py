@@ -50,6 +50,7 @@ class Publication:
     """A message between its submission and its outcome."""
 
     __slots__ = (
+        "_outbox",
         "deadline",
         "done",
         "is_resolved",
@@ -67,7 +68,9 @@ class Publication:
         wire: Any,
         deadline: float,
         done: Callable[[WorkQueueError | None], None],
+        outbox: Outbox,
     ) -> None:
+        self._outbox = outbox
         self.message = message
         self.wire = wire
         self.deadline = deadline
@@ -86,20 +89,9 @@ class Publication:
         """Whether it was sent, now or before, without an answer."""
         return self.is_sent or self.maybe_stored or self.is_suspect
 
-
-class _Sent:
-    """A publication on one channel: what the channel answers goes to the outbox."""
-
-    __slots__ = ("_outbox", "message", "publication", "wire")
-
-    def __init__(self, outbox: Outbox, publication: Publication) -> None:
-        self._outbox = outbox
-        self.publication = publication
-        self.message = publication.message
-        self.wire = publication.wire
-
     def settle(self, confirm: Confirm, reason: str) -> None:
-        self._outbox.on_confirm(self.publication, confirm, reason)
+        """Take the channel's answer."""
+        self._outbox.on_confirm(self, confirm, reason)
 
 
 class Outbox:
@@ -212,7 +204,7 @@ class Outbox:
         done: Callable[[WorkQueueError | None], None],
     ) -> Publication:
         """Take a publication; ``done`` is called with its error, or None once it is confirmed."""
-        publication = Publication(message, wire, deadline, done)
+        publication = Publication(message, wire, deadline, done, self)
         if self._refused is not None or self._is_closed:
             publication.is_resolved = True
             done(self._refusal() or self._never_sent(message, _CLOSED_REASON))
@@ -256,7 +248,7 @@ class Outbox:
         publication.is_sent = True
         self._sent += 1
         self._sent_bytes += publication.size
-        channel.send(_Sent(self, publication))
+        channel.send(publication)
 
     def on_confirm(self, publication: Publication, confirm: Confirm, reason: str) -> None:
         """Take the broker's answer to one sending."""
@@ -444,7 +436,7 @@ class Outbox:
             self._channel = self._renewal = None
         # What is lost is closed already. One to be renewed may still confirm something meanwhile.
         await channel.aclose(timeout=_CLOSE_TIMEOUT)
-        left = [one.publication for one in channel.take_unconfirmed() if isinstance(one, _Sent)]
+        left = [one for one in channel.take_unconfirmed() if isinstance(one, Publication)]
         self._sent = self._sent_bytes = self._abandoned = self._abandoned_bytes = 0
         for publication in left:
             publication.is_sent = False

@@ -418,6 +418,8 @@ class Producer:
 
 
 def _checked_delay(delay: float | None, at: datetime | None, expiration: float | None) -> float:
+    if delay is None and at is None:
+        return 0.0
     seconds = checked_delay(delay, at, now=datetime.now(UTC))
     if seconds and expiration is not None:
         raise ValueError(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from anyio.lowlevel import checkpoint
 
-from aioworkq.errors import DecodeError, Signal
+from aioworkq.errors import DecodeError, Signal, WorkQueueError
 from aioworkq.handler import ThreadCall
 from aioworkq.message import (
     TRIAL,
@@ -70,6 +70,8 @@ class Run(Unsettled):
         "has_failed",
         "held",
         "is_done",
+        "is_marked",
+        "is_trial",
         "life",
         "needs_recount",
         "needs_trial",
@@ -91,6 +93,10 @@ class Run(Unsettled):
         """The number of its subscription."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
+        self.is_trial = False
+        """Whether it is run alone."""
+        self.is_marked = False
+        """Whether it is written down that its trial began."""
         self.needs_trial = False
         """Whether it must be marked for a trial before its last start."""
         self.life = anyio.CancelScope()
@@ -250,11 +256,14 @@ class Runs:
     def on_delivery(self, subscription: Subscription, incoming: Incoming) -> None:
         """Take a delivery: hold it, start it, or keep it until there is room."""
         message = incoming.message
-        used = used_attempts(
-            message.headers,
-            redelivered=incoming.redelivered,
-            excused=self._memory.excused(message) if incoming.redelivered else 0,
-        )
+        is_trial = TRIAL in message.headers
+        used = own_attempts(message.headers)
+        if not is_trial:
+            used = used_attempts(
+                message.headers,
+                redelivered=incoming.redelivered,
+                excused=self._memory.excused(message) if incoming.redelivered else 0,
+            )
         delivery = Delivery(
             message,
             queue=self._handler.queue.name,
@@ -273,7 +282,8 @@ class Runs:
             is_classic = not is_counted_by_broker(message.headers)
             run.needs_recount = is_classic and used > own_attempts(message.headers)
             run.needs_trial = self._is_suspect(run)
-        if TRIAL in message.headers and not self._is_used_up(run):
+        run.is_trial = is_trial and not self._is_used_up(run)
+        if run.is_trial:
             self._try_or_keep(run)
             return
         if self._is_cautious:
@@ -412,6 +422,9 @@ class Runs:
             elif not run.is_settled:
                 with anyio.CancelScope(shield=True):
                     await self._settle(run, outcome)
+            if run.is_marked:
+                with anyio.CancelScope(shield=True):
+                    await self._trials.unmark(run.delivery.message)
         if thread is not None and run.was_started and run in self._orphans:
             # Its time is up and its message settled, but a thread cannot be stopped: the slot
             # stays taken, and a redelivery of the message waits, until it ends.
@@ -441,8 +454,10 @@ class Runs:
         if run.subscription.is_lost:
             self._excuse(run)
             return Requeue(counts=False)
-        if run.needs_trial:
+        if run.needs_trial:  # and there is no copy for it
             return Requeue(counts=False, pause=_NO_COPY_PAUSE)
+        if run.is_trial and (verdict := await self._begin_trial(run)) is not None:
+            return verdict
         if self._is_used_up(run):
             is_charged = run.used > own_attempts(delivery.message.headers)
             return DeadLetter("crashed" if is_charged else f"gave up after {run.used} attempts")
@@ -454,6 +469,21 @@ class Runs:
         self._memory.started(delivery.message)
         run.was_started = True
         return await self._handle(run, body, thread)
+
+    async def _begin_trial(self, run: Run) -> Outcome | None:
+        """Write down that a message is started alone, unless it was before: then it crashed."""
+        message = run.delivery.message
+        try:
+            if run.delivery.redelivered and await self._trials.is_marked(message):
+                run.is_marked = True
+                run.used += 1
+                return DeadLetter("crashed")
+            await self._trials.mark(message)
+        except WorkQueueError as exc:
+            _log.warning("%r is not started, its trial cannot be marked: %s", run.delivery, exc)
+            return Requeue(counts=False, pause=_NO_COPY_PAUSE)
+        run.is_marked = True
+        return None
 
     async def _handle(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
         """Run the handler, within its limits if it has any."""
@@ -567,6 +597,8 @@ class Runs:
         """Deal with the redeliveries that waited for the end of this run."""
         if run in self._orphans:
             self._orphans.remove(run)
+        if not run.held:
+            return
         done = identity(run.delivery.message) if run.is_done else None
         held, run.held = run.held, []
         for other in held:

@@ -2,22 +2,39 @@
 
 When a process dies, RabbitMQ charges every message that it held, started or not. What is held
 beside a message that kills its process again and again would be given up with it. So before the
-last attempt that such charges leave, a message is replaced by a copy that is marked for a trial,
-and the copy is run while this worker holds nothing else. If the process dies then, it is clear
-which message did it.
+last attempt that such charges leave, a message is replaced by a copy that is meant for a trial,
+and the copy is run while this worker runs nothing else.
+
+That it was started is written down before, in RabbitMQ: there is a queue whose name is made of the
+message's, as long as the trial lasts. Charges count no more from then on, for a copy is charged for
+many reasons. A copy that comes back and has been started killed its process, and it did so alone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 
+from aioworkq.background import to_the_end
+from aioworkq.errors import TopologyError, WorkQueueError
+from aioworkq.topology import QueueDeclaration
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from aioworkq.broker import Connection
+    from aioworkq.message import Message
     from aioworkq.settle import Unsettled
+
+_log = logging.getLogger("aioworkq")
+
+_PREFIX: Final = "aioworkq.v1.trial"
+_FORGOTTEN_AFTER: Final = 7 * 86_400_000
+_NOT_FOUND: Final = 404
 
 _LONGEST: Final = 60.0
 """So long others wait for the end of a trial, and a trial for the end of others: a message that
@@ -41,9 +58,16 @@ class Member(Protocol):
 
 
 class Trials:
-    """The trials of one worker: at most one at a time."""
+    """The trials of one worker: at most one at a time.
 
-    def __init__(self) -> None:
+    Args:
+        connection: What the marks are made with.
+        timeout: Seconds for each of them.
+    """
+
+    def __init__(self, connection: Connection, *, timeout: float) -> None:
+        self._connection = connection
+        self._timeout = timeout
         self._members: list[Member] = []
         self._turn = asyncio.Lock()
         self._is_over = asyncio.Event()
@@ -75,7 +99,7 @@ class Trials:
             self._is_over.clear()
             patience: asyncio.Task[None] | None = None
             try:
-                await asyncio.gather(*(member.pause(keep=message) for member in self._members))
+                await to_the_end(self._pause(message))
                 with anyio.move_on_after(_LONGEST):
                     for member in self._members:
                         await member.wait_idle()
@@ -84,8 +108,10 @@ class Trials:
             finally:
                 if patience is not None:
                     patience.cancel()
-                with anyio.CancelScope(shield=True):
-                    await self._end()
+                await to_the_end(self._end())
+
+    async def _pause(self, message: Unsettled) -> None:
+        await asyncio.gather(*(member.pause(keep=message) for member in self._members))
 
     async def _lose_patience(self) -> None:
         await asyncio.sleep(_LONGEST)
@@ -95,3 +121,41 @@ class Trials:
         if self.is_on:
             self._is_over.set()
             await asyncio.gather(*(member.resume() for member in self._members))
+
+    # Marks
+
+    async def mark(self, message: Message) -> None:
+        """Write down that a message is about to be started.
+
+        Raises:
+            WorkQueueError: It is not known whether that is done: do not start it.
+        """
+        mark = QueueDeclaration(_mark(message), {"x-expires": _FORGOTTEN_AFTER})
+        await self._connection.declare([mark], timeout=self._timeout)
+
+    async def is_marked(self, message: Message) -> bool:
+        """Say whether a message was started before, and did not come to an end.
+
+        Raises:
+            WorkQueueError: It cannot be found out.
+        """
+        try:
+            await self._connection.count_messages(_mark(message), timeout=self._timeout)
+        except TopologyError as exc:
+            if exc.code == _NOT_FOUND:
+                return False
+            raise
+        return True
+
+    async def unmark(self, message: Message) -> None:
+        """Take the mark away. It goes by itself after a week, should this fail."""
+        try:
+            await self._connection.delete_queue(_mark(message), timeout=self._timeout)
+        except WorkQueueError as exc:
+            _log.warning("The mark of a trial stays for a week: %s", exc)
+
+
+def _mark(message: Message) -> str:
+    """Return the name of the queue that marks a message: the same for all its redeliveries."""
+    key = message.message_id.encode() or message.body
+    return f"{_PREFIX}.{hashlib.sha256(message.queue.encode() + b'.' + key).hexdigest()[:32]}"

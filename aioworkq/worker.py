@@ -243,7 +243,7 @@ class Worker:
             )
         self._was_started = True
         self._loop = asyncio.get_running_loop()
-        trials = Trials()
+        trials = Trials(self._connection, timeout=self._timeout)
         self._consumers = [
             Consumer(
                 handler,

@@ -15,6 +15,8 @@ fixture         scope    what it is
 A test that uses one of the first five is marked ``rabbitmq``. The node of a test with other needs
 is ``async with RabbitMQ(...)`` in the test, which then marks itself.
 
+With ``--documented-calls`` the library runs as on an aiormq that lacks a name of its fast paths.
+
 Every async test runs in an event loop of its own; the synchronous fixtures run their coroutines
 in the loop of a background thread, so that they serve synchronous tests too. A test fails when it
 leaves asyncio tasks or threads behind: override ``no_task_leaks`` or ``no_thread_leaks`` in a
@@ -34,6 +36,7 @@ from typing import TYPE_CHECKING
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aioworkq.amqp import features
 from aioworkq.testing import RabbitMQ
 from tests.proxy import Proxy
 
@@ -46,8 +49,23 @@ _LEAK_GRACE = 10.0  # seconds in which what is ending already may end, on a busy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Let the whole suite run on another version of RabbitMQ than the one that is installed."""
+    """Let the tests run with another RabbitMQ, and with the fallback of the fast paths."""
     parser.addoption("--rabbitmq", metavar="VERSION", help="the version of RabbitMQ to test with")
+    parser.addoption(
+        "--documented-calls",
+        action="store_true",
+        help="run the library as on an aiormq that lacks a name which its fast paths use",
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def documented_calls(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether the fast paths are switched off."""
+    wanted = bool(request.config.getoption("--documented-calls"))
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr(features, "CHANNEL_NAMES", (*features.CHANNEL_NAMES, "no_such_name"))
+        yield wanted
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -55,6 +73,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if not isinstance(item, pytest.Function):
             continue
+        mark = item.get_closest_marker("fast_path")
+        if mark is not None and item.config.getoption("--documented-calls"):
+            item.add_marker(pytest.mark.skip(reason=f"documented calls: {mark.args[0]}"))
         if NEED_RABBITMQ.intersection(item.fixturenames):
             item.add_marker(pytest.mark.rabbitmq)
         if inspect.iscoroutinefunction(item.function):

@@ -162,6 +162,7 @@ async def test_a_queue_may_be_called_like_a_complaint_of_rabbitmq(
         assert await broker.ready(name) == 1
 
 
+@pytest.mark.fast_path("pamqp refuses the names")
 async def test_a_queue_may_have_any_name_that_rabbitmq_takes(producer: Producer) -> None:
     """The narrower idea that pamqp has of names, and RabbitMQ has not, stops nobody."""
     for name in ("größe", "a|b", "it's {so}", "*", "名" * 70):
@@ -249,6 +250,7 @@ async def test_each_of_many_messages_with_one_id_gets_its_own_outcome(
     assert await broker.ready(queue_name) == 201
 
 
+@pytest.mark.fast_path("nothing is numbered")
 async def test_a_republished_message_does_not_lend_its_number_to_another(
     producer: Producer, broker: Broker, queue_name: str
 ) -> None:
@@ -398,7 +400,7 @@ async def test_a_user_who_may_not_declare_hears_a_topology_error(
 
 
 async def test_a_user_who_may_not_write_hears_that_nothing_is_stored(
-    url: str, rabbitmq: RabbitMQ, broker: Broker, queue_name: str
+    url: str, rabbitmq: RabbitMQ, broker: Broker, queue_name: str, *, documented_calls: bool
 ) -> None:
     """Without the permission to write, each message of many is refused; none is stored."""
     await rabbitmq.add_user(queue_name, SECRET)
@@ -414,7 +416,7 @@ async def test_a_user_who_may_not_write_hears_that_nothing_is_stored(
         refused = "ACCESS_REFUSED - (write )?access to exchange 'amq.default'"
         assert re.search(refused, str(results[0]))
         assert producer.statistics().is_connected
-        assert producer.statistics().reconnects == 0
+        assert producer.statistics().reconnects == 0 or documented_calls
     assert await broker.ready(queue_name) == 0
 
 

@@ -598,6 +598,7 @@ def test_public_names() -> None:
     assert callable(aioworkq.run)
 
 
+@pytest.mark.fast_path("pamqp refuses the names")
 async def test_a_queue_may_have_any_name_that_rabbitmq_takes(url: str) -> None:
     """The narrower idea that pamqp has of names, and RabbitMQ has not, stops no worker."""
     worker = Worker(url)

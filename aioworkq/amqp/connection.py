@@ -24,9 +24,12 @@ from aioworkq.amqp.declare import (
     ACCESS_REFUSED,
     NOT_FOUND,
     declare_on,
+    delete,
     look_for,
     may_be_looked_for,
 )
+from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
+from aioworkq.amqp.features import explain, missing_names
 from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
 
     from aiormq.abc import AbstractChannel, AbstractConnection
 
+    from aioworkq.amqp.transport import Link
     from aioworkq.broker import Incoming, Subscription
     from aioworkq.message import Message
     from aioworkq.topology import Declaration
@@ -89,6 +93,8 @@ class AmqpConnection:
         self._transport = BoundedTransportFactory(timeout=connect_timeout)
         self._robust: RobustConnection | None = None
         self._current: AbstractConnection | None = None
+        self._link: Link | None = None
+        self._has_explained = False
         self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
         self._declaring: set[asyncio.Task[None]] = set()
@@ -223,6 +229,7 @@ class AmqpConnection:
     def _set_connected(self, connection: AbstractConnection) -> None:
         self._transport.end_handshake()
         self._current = connection
+        self._link = self._transport.link
         self._connects += 1
         self._refusals = 0
         self._connected_at = asyncio.get_running_loop().time()
@@ -321,6 +328,20 @@ class AmqpConnection:
         except aiormq_errors.ChannelClosed as exc:
             raise ConnectionLostError(what, reason=describe(exc)) from exc
 
+    def _link_for(self, channel: AbstractChannel) -> Link | None:
+        """Return where a fast path reads and writes; None if aiormq lacks what it needs.
+
+        Raises:
+            ConnectionLostError: The channel's connection was lost since it was opened.
+        """
+        if channel.connection is not self._current:
+            raise ConnectionLostError("opening a channel", reason=self._last_error)
+        missing = missing_names(channel)
+        if missing and not self._has_explained:
+            self._has_explained = True
+            _log.warning("%s", explain(missing))
+        return None if missing else self._link
+
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
         """Declare what does not exist yet; see the protocol.
 
@@ -387,7 +408,9 @@ class AmqpConnection:
         """Open a channel in confirm mode; see the protocol."""
         what = "opening a channel to publish"
         channel = await self._open_channel(what, confirms=True, frame_buffer=256, timeout=timeout)
-        return AmqpPublishChannel(channel, frame_max=self._frame_max)
+        link = self._link_for(channel)
+        kind = AmqpPublishChannel if link is not None else DocumentedPublishChannel
+        return kind(channel, link=link, frame_max=self._frame_max)
 
     async def count_messages(self, queue: str, *, timeout: float) -> int:
         """Return how many messages of a queue are ready; see the protocol."""
@@ -395,6 +418,15 @@ class AmqpConnection:
         channel = await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
         try:
             return await look_for(channel, queue, timeout=timeout)
+        finally:
+            await close_bounded(channel, timeout=timeout)
+
+    async def delete_queue(self, queue: str, *, timeout: float) -> None:
+        """Delete a queue; see the protocol."""
+        what = f"deleting queue {queue!r}"
+        channel = await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
+        try:
+            await delete(channel, queue, timeout=timeout)
         finally:
             await close_bounded(channel, timeout=timeout)
 
@@ -421,7 +453,15 @@ class AmqpConnection:
             frame_buffer=buffer,
             timeout=timeout,
         )
-        subscription = AmqpSubscription(channel, queue, on_delivery=on_delivery)
+        link = self._link_for(channel)
+        kind = AmqpSubscription if link is not None else DocumentedSubscription
+        subscription = kind(
+            channel,
+            queue,
+            link=link,
+            charges_cancels=self.counts_nacks,
+            on_delivery=on_delivery,
+        )
         try:
             await subscription.consume(prefetch_count=prefetch_count, timeout=timeout)
         except BaseException as exc:
@@ -452,7 +492,7 @@ class AmqpConnection:
                 await asyncio.wait(self._tasks)
             if self._declaring:
                 await asyncio.wait(self._declaring, timeout=_ABORT_GRACE)
-        self._current = None
+        self._current = self._link = None
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

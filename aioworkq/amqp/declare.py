@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from aiormq import exceptions as aiormq_errors
 from pamqp import commands as spec
 
+from aioworkq.amqp.features import missing_names
 from aioworkq.amqp.translate import guarded, refusal
 from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
 
@@ -61,10 +62,25 @@ async def look_for(channel: AbstractChannel, queue: str, *, timeout: float) -> i
         TopologyError: It does not (code 404), or may not be looked for; the channel is closed.
         ConnectionLostError: The channel ended, or no answer came in time.
     """
-    call = rpc(channel, _QueueDeclare(queue=queue, passive=True))
+    call: Coroutine[Any, Any, spec.Queue.DeclareOk]
+    if missing_names(channel):
+        call = channel.queue_declare(queue, passive=True)
+    else:
+        call = rpc(channel, _QueueDeclare(queue=queue, passive=True))
     what = f"looking for queue {queue!r}"
     answer: spec.Queue.DeclareOk = await _declared(channel, call, queue, {}, what, timeout=timeout)
     return answer.message_count or 0
+
+
+async def delete(channel: AbstractChannel, queue: str, *, timeout: float) -> None:
+    """Delete a queue, if it exists.
+
+    Raises:
+        TopologyError: It may not be deleted; the channel is closed.
+        ConnectionLostError: The channel ended, or no answer came in time.
+    """
+    call = channel.queue_delete(queue)
+    await _declared(channel, call, queue, {}, f"deleting queue {queue!r}", timeout=timeout)
 
 
 async def declare_on(
@@ -84,6 +100,9 @@ async def declare_on(
     asked: dict[str, Any] = {}
     call: Coroutine[Any, Any, object]
     match declaration:
+        case QueueDeclaration(name=name, arguments=arguments) if missing_names(channel):
+            asked = dict(arguments)
+            call = channel.queue_declare(name, durable=True, arguments=asked)
         case QueueDeclaration(name=name, arguments=arguments):
             asked = dict(arguments)
             call = rpc(channel, _QueueDeclare(queue=name, durable=True, arguments=asked))
@@ -95,6 +114,8 @@ async def declare_on(
                 durable=True,
                 arguments=asked,
             )
+        case Binding(name, "queue", source, key) if missing_names(channel):
+            call = channel.queue_bind(name, source, key)
         case Binding(name, "queue", source, key):
             call = rpc(channel, _QueueBind(queue=name, exchange=source, routing_key=key))
         case Binding(name, _, source, key):

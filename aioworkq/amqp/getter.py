@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Final
 
 from aiormq import exceptions as aiormq_errors
 
+from aioworkq.amqp.decode import message_from
 from aioworkq.amqp.publish_channel import close_bounded
 from aioworkq.amqp.subscription import AmqpIncoming
 from aioworkq.amqp.translate import describe, guarded, refusal
-from aioworkq.amqp.wire import message_from
 from aioworkq.errors import ConnectionLostError
 
 if TYPE_CHECKING:

@@ -4,6 +4,8 @@ Publications are numbered and written in the same order, one write per step of t
 confirm for many (``multiple``) takes them off the front. A return comes before its own confirm
 (https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed); it is told apart by the
 message id, and where the same id is in flight twice, by a header with the number.
+
+``documented.py`` does the same by documented calls of aiormq alone.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from aiormq.exceptions import ChannelClosed, ChannelNotFoundEntity
-from pamqp.commands import Basic
 
-from aioworkq.amqp.tap import Content, FrameTap
+from aioworkq.amqp.decode import message_of, return_of
+from aioworkq.amqp.reader import Content, Tap
 from aioworkq.amqp.translate import closing_exception, describe
 from aioworkq.amqp.wire import Wire, encode
 from aioworkq.amqp.writer import TickWriter
@@ -26,15 +28,19 @@ from aioworkq.broker import Confirm, Publication
 if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
 
+    from aioworkq.amqp.transport import Link
+    from aioworkq.amqp.writer import Writer
+
 _log = logging.getLogger("aioworkq")
 
 _NUMBER_HEADER: Final = "x-aioworkq-publish-number"
+NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
 class AmqpPublishChannel:
     """The `aioworkq.broker.PublishChannel` of RabbitMQ."""
 
-    def __init__(self, channel: AbstractChannel, *, frame_max: int) -> None:
+    def __init__(self, channel: AbstractChannel, *, link: Link | None, frame_max: int) -> None:
         self._channel = channel
         self._frame_max = frame_max
         self._number = 0
@@ -42,13 +48,20 @@ class AmqpPublishChannel:
         self._by_message_id: dict[str, int] = {}
         self._returned: dict[int, str] = {}
         self._buffer: list[bytes] = []
-        self._writer = TickWriter(channel, self._take_buffer)
+        self._writer = self.attach(link)
         self._lost = asyncio.Event()
         self._reason = ""
         self._refusal: Confirm | None = None
-        FrameTap(channel, on_content=self._on_return, on_confirm=self._on_confirm)
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
+
+    def attach(self, link: Link | None) -> Writer:
+        """Have confirms and returns come, and return what sends."""
+        if link is None:
+            raise TypeError("this channel needs the link of its connection.")
+        tap = Tap(on_return=self._on_return, on_confirm=self._on_confirm)
+        link.reader.tap(self._channel.number, tap)
+        return TickWriter(link, tap, self._take_buffer)
 
     def send(self, publication: Publication) -> None:
         """Send without waiting; see the protocol."""
@@ -84,10 +97,10 @@ class AmqpPublishChannel:
         self._buffer.clear()
         return payload
 
-    def _on_confirm(self, frame: Basic.Ack | Basic.Nack) -> None:
-        last = frame.delivery_tag or 0
-        if not frame.multiple:
-            self._settle(last, frame)
+    def _on_confirm(self, last: int, multiple: bool, is_ack: bool) -> None:  # noqa: FBT001 - of Tap
+        confirm = Confirm.ACK if is_ack else Confirm.NACK
+        if not multiple:
+            self._settle(last, confirm)
             return
         covered: list[int] = []
         for number in self._unconfirmed:
@@ -95,9 +108,9 @@ class AmqpPublishChannel:
                 break
             covered.append(number)
         for number in covered:
-            self._settle(number, frame)
+            self._settle(number, confirm)
 
-    def _settle(self, number: int, frame: Basic.Ack | Basic.Nack) -> None:
+    def _settle(self, number: int, confirm: Confirm) -> None:
         publication = self._unconfirmed.pop(number, None)
         if publication is None:
             _log.error("RabbitMQ confirmed number %d, which is not in flight.", number)
@@ -108,31 +121,33 @@ class AmqpPublishChannel:
         returned = self._returned.pop(number, None) if self._returned else None
         if returned is not None:
             publication.settle(Confirm.RETURNED, returned)
-        elif isinstance(frame, Basic.Ack):
-            publication.settle(Confirm.ACK, "")
         else:
-            publication.settle(Confirm.NACK, "RabbitMQ sent a negative confirm")
+            publication.settle(confirm, "" if confirm is Confirm.ACK else NEGATIVE)
 
-    def _on_return(self, method: Content, properties: Basic.Properties, _: bytes) -> None:
-        if not isinstance(method, Basic.Return):  # pragma: no cover - nothing is consumed here
-            return
-        headers: dict[str, Any] = properties.headers or {}
-        number = headers.get(_NUMBER_HEADER)
+    def _on_return(self, content: Content) -> None:
+        message = message_of(content.properties, b"", queue="", exchange="", routing_key="")
+        number = message.headers.get(_NUMBER_HEADER)
         if not isinstance(number, int) or number not in self._unconfirmed:
-            number = self._by_message_id.get(properties.message_id or "")
+            number = self._by_message_id.get(message.message_id)
+        reason = return_of(content.method)
         if number is None:
-            _log.error("RabbitMQ returned a message that is not in flight: %s.", method.reply_text)
+            _log.error("RabbitMQ returned a message that is not in flight: %s.", reason)
             return
-        self._returned[number] = f"{method.reply_code} {method.reply_text}"
+        self._returned[number] = reason
 
     def _on_closing(self, future: asyncio.Future[Any]) -> None:
         error = closing_exception(future)
         if isinstance(error, ChannelClosed) and error.args[0] is not None:
             not_found = isinstance(error, ChannelNotFoundEntity)
             self._refusal = Confirm.RETURNED if not_found else Confirm.NACK
-        self._reason = describe(error)
-        self._writer.close()
-        self._lost.set()
+        self.lose(describe(error))
+
+    def lose(self, reason: str) -> None:
+        """Take note that the channel is of no more use."""
+        if not self._lost.is_set():
+            self._reason = reason
+            self._writer.close()
+            self._lost.set()
 
     @property
     def refusal(self) -> Confirm | None:

@@ -4,6 +4,8 @@ What is settled is sent once per step of the event loop: requeues first, then on
 ``ack(multiple=True)`` over the longest run of finished deliveries from the oldest on, and single
 acks above a gap, so that one slow message does not hold the prefetch window. RabbitMQ takes a
 multiple ack only for a tag that is itself outstanding, which the last of such a run always is.
+
+``documented.py`` does the same by documented calls of aiormq alone.
 """
 
 from __future__ import annotations
@@ -13,34 +15,41 @@ import contextlib
 import logging
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio
 from aiormq.exceptions import AMQPError
 from pamqp import commands as spec
 
-from aioworkq.amqp.declare import rpc
+from aioworkq.amqp.declare import look_for, rpc
+from aioworkq.amqp.decode import delivery_of, message_of, route_of
 from aioworkq.amqp.publish_channel import close_bounded
-from aioworkq.amqp.tap import Content, FrameTap
+from aioworkq.amqp.reader import Content, Tap
 from aioworkq.amqp.translate import closing_exception, describe, guarded
-from aioworkq.amqp.wire import ack_frame, message_from, requeue_frame
+from aioworkq.amqp.wire import ack_frame, requeue_frame
 from aioworkq.amqp.writer import TickWriter
 from aioworkq.errors import WorkQueueError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from aiormq.abc import AbstractChannel
     from pamqp.commands import Basic
 
+    from aioworkq.amqp.transport import Link
+    from aioworkq.amqp.writer import Writer
     from aioworkq.broker import Incoming, Subscription
     from aioworkq.message import Message
 
 _log = logging.getLogger("aioworkq")
 
+_LONGEST_LANDING: Final = 1.0
 _QUORUM_COMMANDS: Final = 32
 """So many commands to a quorum queue a channel lets be under way at a time
 (RabbitMQ's ``quorum_commands_soft_limit``)."""
+
+Settle: TypeAlias = tuple[Literal["ack", "reject", "nack"], int, bool]
+"""What to do with a delivery, its number, and whether an ack is for all up to it."""
 
 
 class _Consume(spec.Basic.Consume):
@@ -67,6 +76,8 @@ class AmqpSubscription:
         channel: AbstractChannel,
         queue: str,
         *,
+        link: Link | None,
+        charges_cancels: bool,
         on_delivery: Callable[[Subscription, Incoming], None],
     ) -> None:
         self._channel = channel
@@ -75,16 +86,28 @@ class AmqpSubscription:
         self._outstanding: dict[int, None] = {}
         self._acked: set[int] = set()
         self._requeues: list[tuple[int, bool]] = []
-        self._writer = TickWriter(channel, self._take_settled)
+        self._route = b""
+        self._exchange = self._routing_key = ""
+        self._writer = self.attach(link)
         self._lost = asyncio.Event()
         self._reason = ""
         self._consumer_tag: str | None = None
+        self._charges_cancels = charges_cancels
+        self._prefetch_count = 0
+        self._is_holding = False
         self._returned = 0
         self._is_flushing = False
-        FrameTap(channel, on_content=self._on_content)
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
         channel.on_consumer_cancel_callbacks.add(self._on_cancelled_by_broker)
+
+    def attach(self, link: Link | None) -> Writer:
+        """Have deliveries come, and return what sends."""
+        if link is None:
+            raise TypeError("this subscription needs the link of its connection.")
+        tap = Tap(on_delivery=self._on_content)
+        link.reader.tap(self._channel.number, tap)
+        return TickWriter(link, tap, self._frames)
 
     async def consume(self, *, prefetch_count: int, timeout: float) -> None:
         """Set the prefetch and subscribe.
@@ -99,34 +122,44 @@ class AmqpSubscription:
         self, arguments: dict[str, Any], *, prefetch_count: int, timeout: float
     ) -> None:
         what = f"consuming from queue {self._queue!r}"
+        self._prefetch_count = prefetch_count
         qos = self._channel.basic_qos(prefetch_count=prefetch_count)
         await guarded(qos, self._channel, timeout=timeout, what=what)
-        # As aiormq's basic_consume does it, but with a name that only RabbitMQ judges.
-        tag = f"aioworkq.{uuid.uuid4().hex}"
-        getattr(self._channel, "consumers")[tag] = _never_called  # noqa: B009 - not in the ABC
-        frame = _Consume(queue=self._queue, consumer_tag=tag, arguments=arguments)
-        consume = rpc(self._channel, frame)
+        consume = self.consumption(f"aioworkq.{uuid.uuid4().hex}", arguments)
         answer = await guarded(consume, self._channel, timeout=timeout, what=what)
         self._consumer_tag = answer.consumer_tag
 
-    def _on_content(self, method: Content, properties: Basic.Properties, body: bytes) -> None:
-        tag = getattr(method, "delivery_tag", None)
-        if tag is None or self._lost.is_set():
+    def consumption(self, tag: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
+        """Return the call that subscribes."""
+        # As aiormq's basic_consume does it, but with a name that only RabbitMQ judges.
+        getattr(self._channel, "consumers")[tag] = _never_called  # noqa: B009 - not in the ABC
+        return rpc(
+            self._channel, _Consume(queue=self._queue, consumer_tag=tag, arguments=arguments)
+        )
+
+    def _on_content(self, content: Content) -> None:
+        tag, redelivered, route = delivery_of(content.method)
+        if route != self._route:
+            self._route = route
+            self._exchange, self._routing_key = route_of(route)
+        if self._lost.is_set():
             return
-        message = message_from(
-            properties,
-            body,
+        message = message_of(
+            content.properties,
+            content.body,
             queue=self._queue,
-            exchange=method.exchange or "",
-            routing_key=method.routing_key or "",
+            exchange=self._exchange,
+            routing_key=self._routing_key,
         )
-        self._outstanding[tag] = None
+        self.deliver(AmqpIncoming(message, tag, redelivered))
+
+    def deliver(self, incoming: AmqpIncoming) -> None:
+        """Hand on one delivery."""
+        self._outstanding[incoming.tag] = None
         if self._is_flushing:
-            self.requeue(tag, counts=False)
-            return
-        self._on_delivery(
-            self, AmqpIncoming(message, tag, bool(getattr(method, "redelivered", False)))
-        )
+            self.requeue(incoming.tag, counts=False)
+        else:
+            self._on_delivery(self, incoming)
 
     @property
     def is_lost(self) -> bool:
@@ -155,27 +188,41 @@ class AmqpSubscription:
         self._writer.wake()
         return True
 
-    def _take_settled(self) -> bytes:
-        number, acked, outstanding = self._channel.number, self._acked, self._outstanding
-        frames = [requeue_frame(number, tag, counts=counts) for tag, counts in self._requeues]
+    def _frames(self) -> bytes:
+        number = self._channel.number
+        return b"".join(
+            ack_frame(number, tag, multiple=multiple)
+            if verb == "ack"
+            else requeue_frame(number, tag, counts=verb == "reject")
+            for verb, tag, multiple in self.take_settled()
+        )
+
+    def take_settled(self) -> list[Settle]:
+        """Return what is to be told to the broker now, in order, and forget it."""
+        acked, outstanding = self._acked, self._outstanding
+        if self._is_holding:
+            return []
+        settled: list[Settle] = [
+            ("reject" if counts else "nack", tag, False) for tag, counts in self._requeues
+        ]
         self._requeues.clear()
         if not acked:
-            return b"".join(frames)
+            return settled
         prefix: list[int] = []
         for tag in outstanding:
             if tag not in acked:
                 break
             prefix.append(tag)
         if prefix:
-            frames.append(ack_frame(number, prefix[-1], multiple=len(prefix) > 1))
+            settled.append(("ack", prefix[-1], len(prefix) > 1))
             acked.difference_update(prefix)
             for tag in prefix:
                 del outstanding[tag]
         for tag in sorted(acked):
-            frames.append(ack_frame(number, tag, multiple=False))
+            settled.append(("ack", tag, False))
             del outstanding[tag]
         acked.clear()
-        return b"".join(frames)
+        return settled
 
     async def _on_cancelled_by_broker(self, _: Basic.Cancel) -> None:
         # Called inside the channel's reader: an RPC on this channel would deadlock here.
@@ -202,15 +249,35 @@ class AmqpSubscription:
         if self._lost.is_set() or consumer_tag is None:
             return
         self._returned = 0
-        # With an answer (no nowait): what comes before it is still handed over.
-        cancel = self._channel.basic_cancel(consumer_tag)
         what = "cancelling a consumer"
         try:
+            if self._charges_cancels and not self._is_flushing:
+                await self._let_land(timeout=timeout)
+            # With an answer (no nowait): what comes before it is still handed over.
+            cancel = self._channel.basic_cancel(consumer_tag)
             await guarded(cancel, self._channel, timeout=timeout, what=what)
         except (WorkQueueError, OSError, RuntimeError) as exc:
             self._set_lost(str(exc))
         except Exception as exc:  # aiormq's own: the channel is gone
             self._set_lost(describe(exc))
+        finally:
+            self._is_holding = False
+            self._writer.wake()
+
+    async def _let_land(self, *, timeout: float) -> None:
+        """Wait until no delivery is on its way, bounded.
+
+        What a quorum queue has assigned to a consumer and the channel has not seen when that is
+        cancelled, it takes back; before RabbitMQ 4.3 it counts that as a delivery. So nothing that
+        is settled is told meanwhile, which would make room for more, until the prefetch is full or
+        the queue has no more. Each look at the queue comes back behind what the queue has sent.
+        """
+        self._is_holding = True
+        deadline = anyio.current_time() + _LONGEST_LANDING
+        while anyio.current_time() < deadline:
+            ready = await look_for(self._channel, self._queue, timeout=timeout)
+            if not ready or len(self._outstanding) + len(self._requeues) >= self._prefetch_count:
+                return
 
     async def resume(self, *, prefetch_count: int, timeout: float) -> None:
         """Ask for deliveries again; see the protocol."""

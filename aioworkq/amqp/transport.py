@@ -5,54 +5,79 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
 
-import pamqp.frame
 from aiormq.connection import TransportFactory
 from aiormq.exceptions import AMQPConnectionError
-from pamqp.commands import Connection
-from pamqp.exceptions import PAMQPException
+
+from aioworkq.amqp.reader import FrameReader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from yarl import URL
 
 _READ_LIMIT: Final = 2**18
-_HANDSHAKE_BYTES: Final = 4096
 _TLS_SHUTDOWN: Final = 1.0
 
 
-class HandshakeReader(asyncio.StreamReader):
-    """A reader that remembers the last bytes of the handshake.
+class SocketProtocol(asyncio.StreamReaderProtocol):
+    """Tells who asked when a socket that was full takes bytes again."""
 
-    aiormq 7.2 drops the broker's reason when it refuses a virtual host ("Expected one of
-    ['Connection.OpenOk']"); `refusal` finds it again.
+    def __init__(self, reader: FrameReader, *, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(reader, loop=loop)
+        self._waiting: list[Callable[[], None]] = []
+        self.is_paused = False
+
+    def pause_writing(self) -> None:
+        """Take note that the socket is full."""
+        self.is_paused = True
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        """Take note that it takes bytes again."""
+        self.is_paused = False
+        super().resume_writing()
+        waiting, self._waiting = self._waiting, []
+        for resume in waiting:
+            resume()
+
+    def when_resumed(self, resume: Callable[[], None]) -> None:
+        """Have a function called once the socket takes bytes again; if it is lost, never."""
+        self._waiting.append(resume)
+
+
+class Link:
+    """The two ends of one socket: frames of some channels in, bytes of theirs out.
+
+    aiormq writes to the same socket, whole frames as well, so the order among them does not matter.
     """
 
-    def __init__(self, *, limit: int, loop: asyncio.AbstractEventLoop) -> None:
-        super().__init__(limit=limit, loop=loop)
-        self._tail: bytes | None = b""
+    def __init__(
+        self,
+        reader: FrameReader,
+        transport: asyncio.Transport,
+        protocol: SocketProtocol,
+    ) -> None:
+        self.reader = reader
+        self._transport = transport
+        self._protocol = protocol
 
-    def feed_data(self, data: Any) -> None:
-        """Take bytes from the socket."""
-        if self._tail is not None:
-            self._tail = (self._tail + bytes(data))[-_HANDSHAKE_BYTES:]
-        super().feed_data(data)
+    @property
+    def is_full(self) -> bool:
+        """Whether the socket takes no more for now."""
+        return self._protocol.is_paused
 
-    def end_handshake(self) -> None:
-        """Stop remembering."""
-        self._tail = None
+    def write(self, data: bytes) -> None:
+        """Write whole frames; on a closed socket this does nothing."""
+        if not self._transport.is_closing():
+            self._transport.write(data)
 
-    def refusal(self) -> tuple[int, str] | None:
-        """Return code and text of the Connection.Close that the broker sent last, if it did."""
-        tail = self._tail or b""
-        start = tail.rfind(b"\x01\x00\x00")
-        while start >= 0:
-            try:
-                _, _, frame = pamqp.frame.unmarshal(tail[start:])
-            except (PAMQPException, ValueError, IndexError, KeyError):
-                frame = None
-            if isinstance(frame, Connection.Close):
-                return frame.reply_code or 0, frame.reply_text or ""
-            start = tail.rfind(b"\x01\x00\x00", 0, start)
-        return None
+    def when_resumed(self, resume: Callable[[], None]) -> None:
+        """Have a function called once the socket takes bytes again; if it is lost, never."""
+        self._protocol.when_resumed(resume)
+
+    def abort(self) -> None:
+        """Drop the socket at once, whatever is still buffered."""
+        self._transport.abort()
 
 
 class BoundedTransportFactory(TransportFactory):
@@ -60,8 +85,9 @@ class BoundedTransportFactory(TransportFactory):
 
     def __init__(self, *, timeout: float) -> None:
         self._timeout = timeout
-        self._writer: asyncio.StreamWriter | None = None
-        self._reader: HandshakeReader | None = None
+        self._last: Link | None = None
+        self.link: Link | None = None
+        """Of the current or the last connection; None while one is being made."""
 
     async def create(
         self,
@@ -69,14 +95,14 @@ class BoundedTransportFactory(TransportFactory):
         **kwargs: Any,
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Connect; called by aiormq for each attempt."""
-        self._reader = None  # what the last host said is not what this one says
+        self.link = None  # what the last host said is not what this one says
         provider = kwargs.pop("ssl_context_provider", None)
         if url.scheme == "amqps" and provider is not None:
             # A silent peer would hold up the next attempt for 30 seconds.
             kwargs |= {"ssl": await provider.get_context(), "ssl_shutdown_timeout": _TLS_SHUTDOWN}
         loop = asyncio.get_running_loop()
-        reader = HandshakeReader(limit=_READ_LIMIT, loop=loop)
-        protocol = asyncio.StreamReaderProtocol(reader, loop=loop)
+        reader = FrameReader(limit=_READ_LIMIT, loop=loop)
+        protocol = SocketProtocol(reader, loop=loop)
         try:
             async with asyncio.timeout(self._timeout):
                 transport, _ = await loop.create_connection(
@@ -90,20 +116,19 @@ class BoundedTransportFactory(TransportFactory):
             raise AMQPConnectionError(reason) from exc
         except OSError as exc:
             raise AMQPConnectionError(*exc.args) from exc
-        self._reader = reader
-        self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
-        return reader, self._writer
+        self.link = self._last = Link(reader, transport, protocol)
+        return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     def end_handshake(self) -> None:
         """Say that the connection is open."""
-        if self._reader is not None:
-            self._reader.end_handshake()
+        if self.link is not None:
+            self.link.reader.end_handshake()
 
     def refusal(self) -> tuple[int, str] | None:
         """Return why the broker ended the last handshake, if it said so."""
-        return self._reader.refusal() if self._reader is not None else None
+        return self.link.reader.refusal() if self.link is not None else None
 
     def abort(self) -> None:
         """Drop the socket at once, whatever is still buffered."""
-        if self._writer is not None:
-            self._writer.transport.abort()
+        if self._last is not None:
+            self._last.abort()

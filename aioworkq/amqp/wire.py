@@ -1,4 +1,4 @@
-"""Messages as AMQP 0-9-1 frames, and properties as messages.
+"""Messages as AMQP 0-9-1 frames.
 
 The three frames of a publication are put together here by hand: pamqp builds four objects for each,
 which costs more than everything else that publishing does, rounds floats in headers to 32 bits and
@@ -8,14 +8,13 @@ cuts long header names. The layout is that of the AMQP 0-9-1 specification, sect
 
 from __future__ import annotations
 
+import functools
 import struct
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
-from aioworkq.message import Message
-
 if TYPE_CHECKING:
-    from pamqp.commands import Basic
+    from aioworkq.message import Message
 
 DEFAULT_FRAME_MAX: Final = 131_072
 """RabbitMQ's default limit of one frame in bytes; a connection may negotiate another."""
@@ -29,6 +28,7 @@ _MAX_EXPIRATION_MS: Final = 2**32 - 1
 _MAX_OCTET: Final = 255
 
 _frame_head: Final = struct.Struct(">BHI").pack
+_end_and_head: Final = struct.Struct(">BBHI").pack
 _header_head: Final = struct.Struct(">HHQH").pack
 _long: Final = struct.Struct(">I").pack
 _longlong: Final = struct.Struct(">Q").pack
@@ -60,22 +60,24 @@ class Wire(NamedTuple):
         if len(header) + _FRAME_OVERHEAD > frame_max:
             raise ValueError(too_large_header(len(header), frame_max))
         parts = [
-            _frame_head(_METHOD, channel, len(method)),
-            method,
-            _FRAME_END,
+            _method_frame(channel, method),
             _frame_head(_HEADER, channel, len(header)),
             header,
-            _FRAME_END,
         ]
         room = frame_max - _FRAME_OVERHEAD
-        if len(body) <= room:
-            if body:
-                parts += (_frame_head(_BODY, channel, len(body)), body, _FRAME_END)
+        if 0 < len(body) <= room:
+            parts += (_end_and_head(0xCE, _BODY, channel, len(body)), body)
         else:
             for start in range(0, len(body), room):
                 chunk = body[start : start + room]
-                parts += (_frame_head(_BODY, channel, len(chunk)), chunk, _FRAME_END)
+                parts += (_end_and_head(0xCE, _BODY, channel, len(chunk)), chunk)
+        parts.append(_FRAME_END)
         return b"".join(parts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _method_frame(channel: int, method: bytes) -> bytes:
+    return b"".join((_frame_head(_METHOD, channel, len(method)), method, _FRAME_END))
 
 
 def too_large_header(size: int, frame_max: int) -> str:
@@ -99,18 +101,24 @@ def encode(message: Message, *, frame_max: int, max_message_size: int) -> Wire:
             "Store large data elsewhere and publish a reference, or raise max_message_size here "
             "and max_message_size in RabbitMQ.",
         )
-    method = b"".join(
-        (
-            _PUBLISH_HEAD,
-            _shortstr("exchange", message.exchange),
-            _shortstr("routing key", message.routing_key),
-            _MANDATORY,
-        ),
-    )
+    method = _publish(message.exchange, message.routing_key)
     header = _content_header(message)
     if len(header) + _FRAME_OVERHEAD > frame_max:
         raise ValueError(too_large_header(len(header), frame_max))
     return Wire(method, header, message.body)
+
+
+@functools.lru_cache(maxsize=1024)
+def _publish(exchange: str, routing_key: str) -> bytes:
+    """Return the method; most messages go to few queues."""
+    return b"".join(
+        (
+            _PUBLISH_HEAD,
+            _shortstr("exchange", exchange),
+            _shortstr("routing key", routing_key),
+            _MANDATORY,
+        ),
+    )
 
 
 def _content_header(message: Message) -> bytes:  # noqa: C901 - one step per property
@@ -118,10 +126,10 @@ def _content_header(message: Message) -> bytes:  # noqa: C901 - one step per pro
     values: list[bytes] = []
     if message.content_type is not None:
         flags |= 0x8000
-        values.append(_shortstr("content type", message.content_type))
+        values.append(_constant("content type", message.content_type))
     if message.content_encoding is not None:
         flags |= 0x4000
-        values.append(_shortstr("content encoding", message.content_encoding))
+        values.append(_constant("content encoding", message.content_encoding))
     if message.headers:
         flags |= 0x2000
         values.append(_table(message.headers))
@@ -174,6 +182,10 @@ def _shortstr(what: str, text: str) -> bytes:
     if len(raw) > _MAX_SHORTSTR:
         raise ValueError(f"the {what} has {len(raw)} bytes: AMQP allows at most 255.")
     return bytes((len(raw),)) + raw
+
+
+_constant = functools.lru_cache(maxsize=256)(_shortstr)
+"""For what is the same in most messages."""
 
 
 def _table(table: dict[str, Any]) -> bytes:
@@ -236,33 +248,3 @@ def requeue_frame(channel: int, tag: int, *, counts: bool) -> bytes:
     if counts:
         return _settle(_METHOD, channel, 13, _BASIC, _REJECT, tag, _REQUEUE_OF_REJECT, 0xCE)
     return _settle(_METHOD, channel, 13, _BASIC, _NACK, tag, _REQUEUE_OF_NACK, 0xCE)
-
-
-def message_from(
-    properties: Basic.Properties,
-    body: bytes,
-    *,
-    queue: str,
-    exchange: str,
-    routing_key: str,
-) -> Message:
-    """Return what was delivered or returned as a message."""
-    expiration = properties.expiration
-    return Message(
-        body,
-        queue,
-        exchange,
-        routing_key,
-        properties.message_id or "",
-        properties.correlation_id,
-        properties.content_type,
-        properties.content_encoding,
-        properties.headers or {},
-        properties.priority,
-        int(expiration) / 1000 if expiration and expiration.isdigit() else None,
-        properties.timestamp,
-        properties.delivery_mode == 2,  # noqa: PLR2004 - AMQP's number for persistent
-        properties.message_type,
-        properties.app_id,
-        properties.reply_to,
-    )

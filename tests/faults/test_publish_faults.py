@@ -308,7 +308,12 @@ async def small_messages(rabbitmq: RabbitMQ) -> AsyncIterator[None]:
 
 @pytest.mark.usefixtures("small_messages")
 async def test_a_refused_message_harms_none_of_its_neighbours(
-    url: str, broker: Broker, queue: Queue[bytes], caplog: pytest.LogCaptureFixture
+    url: str,
+    broker: Broker,
+    queue: Queue[bytes],
+    caplog: pytest.LogCaptureFixture,
+    *,
+    documented_calls: bool,
 ) -> None:
     """A body too large for RabbitMQ is refused; those before, beside and after it are stored."""
     async with Producer(url, window=10_000) as producer:
@@ -327,7 +332,7 @@ async def test_a_refused_message_harms_none_of_its_neighbours(
             await asyncio.gather(*others)
         statistics = producer.statistics()
         assert statistics.not_confirmed == 5
-        assert statistics.reconnects == 0, statistics.last_error
+        assert statistics.reconnects == 0 or documented_calls, statistics.last_error
         stored = await bodies(broker, queue)
         assert len(stored) == statistics.confirmed
         assert max(map(len, stored)) < 100
