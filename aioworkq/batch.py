@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterable, Iterable
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
@@ -141,17 +142,25 @@ class Batch:
         *,
         again: bool,
     ) -> None:
-        def done(error: WorkQueueError | None) -> None:
-            if isinstance(error, UnroutableError) and self._can_declare and not again:
-                self._under_way[position] = None
-                self._again.append((position, message, deadline))
-                self._has_room.set()
-            else:
-                self._settle(position, message, error)
-
+        done = functools.partial(self._done, position, message, None if again else deadline)
         publication = self._outbox.submit(message, wire, deadline=deadline, done=done)
         if not publication.is_resolved:
             self._under_way[position] = publication
+
+    def _done(
+        self,
+        position: int,
+        message: Message,
+        deadline: float | None,
+        error: WorkQueueError | None,
+    ) -> None:
+        """Take the outcome of a message; with a deadline it may be published once more."""
+        if deadline is not None and self._can_declare and isinstance(error, UnroutableError):
+            self._under_way[position] = None
+            self._again.append((position, message, deadline))
+            self._has_room.set()
+        else:
+            self._settle(position, message, error)
 
     def _settle(self, position: int, message: Message, error: WorkQueueError | None) -> None:
         del self._under_way[position]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import random
 from collections import OrderedDict
@@ -179,15 +180,7 @@ class Outbox:
             WorkQueueError: One of the errors of `Producer.publish`.
         """
         outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-        def done(error: WorkQueueError | None) -> None:
-            if outcome.done():
-                return
-            if error is None:
-                outcome.set_result(None)
-            else:
-                outcome.set_exception(error)
-
+        done = functools.partial(_tell, outcome)
         publication = self.submit(message, wire, deadline=deadline, done=done)
         try:
             await outcome
@@ -524,6 +517,15 @@ class Outbox:
             await asyncio.wait({self._task})
         # Its end is the channel's too; closing that first would wait for an answer once more.
         await self._connection.aclose(timeout=timeout)
+
+
+def _tell(outcome: asyncio.Future[None], error: WorkQueueError | None) -> None:
+    if outcome.done():
+        return
+    if error is None:
+        outcome.set_result(None)
+    else:
+        outcome.set_exception(error)
 
 
 def _backoff(failures: int) -> float:

@@ -393,16 +393,11 @@ class Producer:
         correlation_id: str | None,
     ) -> Message:
         encoded = codec_for(queue.body_type).encode(body)
-        for what, value in (("message_id", message_id), ("correlation_id", correlation_id)):
-            if value is not None and not isinstance(value, str):
-                raise TypeError(
-                    f"{what} is a str, not {type(value).__name__}: give str(...) of it."
-                )
+        if message_id is not None or correlation_id is not None:
+            _check_ids(message_id, correlation_id)
         if message_id is None:
             self._sequence += 1
             message_id = f"{self._ids}-{self._sequence}"
-        elif not message_id:
-            raise ValueError("message_id is empty: give one, or None to have one made.")
         return Message(
             encoded.body,
             queue.name,
@@ -415,6 +410,14 @@ class Producer:
             expiration=expiration,
             timestamp=datetime.now(UTC),
         )
+
+
+def _check_ids(message_id: object, correlation_id: object) -> None:
+    for what, value in (("message_id", message_id), ("correlation_id", correlation_id)):
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"{what} is a str, not {type(value).__name__}: give str(...) of it.")
+    if message_id is not None and not message_id:
+        raise ValueError("message_id is empty: give one, or None to have one made.")
 
 
 def _checked_delay(delay: float | None, at: datetime | None, expiration: float | None) -> float:

@@ -36,6 +36,7 @@ _double: Final = struct.Struct(">d").pack
 _settle: Final = struct.Struct(">BHIHHQBB").pack
 
 _BASIC: Final = 60
+_OCTETS: Final = tuple(bytes((number,)) for number in range(256))
 _PUBLISH_HEAD: Final = struct.pack(">HHH", _BASIC, 40, 0)
 _MANDATORY: Final = b"\x01"
 _ACK, _REJECT, _NACK = 80, 90, 120
@@ -121,15 +122,9 @@ def _publish(exchange: str, routing_key: str) -> bytes:
     )
 
 
-def _content_header(message: Message) -> bytes:  # noqa: C901 - one step per property
-    flags = 0x1000
-    values: list[bytes] = []
-    if message.content_type is not None:
-        flags |= 0x8000
-        values.append(_constant("content type", message.content_type))
-    if message.content_encoding is not None:
-        flags |= 0x4000
-        values.append(_constant("content encoding", message.content_encoding))
+def _content_header(message: Message) -> bytes:
+    flags, constant = _content(message.content_type, message.content_encoding)
+    values = [constant]
     if message.headers:
         flags |= 0x2000
         values.append(_table(message.headers))
@@ -138,7 +133,7 @@ def _content_header(message: Message) -> bytes:  # noqa: C901 - one step per pro
         if not 0 <= message.priority <= _MAX_OCTET:
             raise ValueError(f"priority is {message.priority}: it must be from 0 to 255.")
         flags |= 0x0800
-        values.append(bytes((message.priority,)))
+        values.append(_OCTETS[message.priority])
     if message.correlation_id is not None:
         flags |= 0x0400
         values.append(_shortstr("correlation_id", message.correlation_id))
@@ -179,13 +174,23 @@ def expiration_ms(expiration: float) -> str:
 
 def _shortstr(what: str, text: str) -> bytes:
     raw = _utf8(what, text)
-    if len(raw) > _MAX_SHORTSTR:
-        raise ValueError(f"the {what} has {len(raw)} bytes: AMQP allows at most 255.")
-    return bytes((len(raw),)) + raw
+    size = len(raw)
+    if size > _MAX_SHORTSTR:
+        raise ValueError(f"the {what} has {size} bytes: AMQP allows at most 255.")
+    return _OCTETS[size] + raw
 
 
-_constant = functools.lru_cache(maxsize=256)(_shortstr)
-"""For what is the same in most messages."""
+@functools.lru_cache(maxsize=256)
+def _content(content_type: str | None, content_encoding: str | None) -> tuple[int, bytes]:
+    """Return the flags and values of what is the same in most messages."""
+    flags, values = 0x1000, b""
+    if content_type is not None:
+        flags |= 0x8000
+        values += _shortstr("content type", content_type)
+    if content_encoding is not None:
+        flags |= 0x4000
+        values += _shortstr("content encoding", content_encoding)
+    return flags, values
 
 
 def _table(table: dict[str, Any]) -> bytes:
