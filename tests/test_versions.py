@@ -65,7 +65,8 @@ def publish(channel: BlockingChannel, queue: str, body: bytes = b"x", **properti
 
 def get(channel: BlockingChannel, queue: str) -> tuple[int, dict[str, Any]] | None:
     """Take one message, unsettled: its tag and its headers."""
-    method, properties, _ = channel.basic_get(queue)
+    got: Any = channel.basic_get(queue)
+    method, properties, _ = got
     return None if method is None else (method.delivery_tag, properties.headers or {})
 
 
@@ -211,7 +212,7 @@ def test_the_consumer_timeout(impatient: RabbitMQ, queue_name: str, kind: str) -
         channel.add_on_cancel_callback(cancelled.append)
         channel.basic_consume(queue_name, lambda *_: None)
         for _ in range(30 if expected is None else 300):
-            connection.process_data_events(0.1)
+            connection.sleep(0.1)
             if cancelled or channel.is_closed:
                 break
         ended = "channel" if channel.is_closed else "consumer" if cancelled else None
