@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import subprocess
 from dataclasses import dataclass, field
@@ -57,6 +58,7 @@ class Node:
     watchdog: subprocess.Popen[bytes]
     env: Mapping[str, str]
     cluster_name: str
+    founder: Node | None = None
     server: subprocess.Popen[bytes] | None = field(default=None, init=False)
     epmd: subprocess.Popen[bytes] | None = field(default=None, init=False)
 
@@ -68,8 +70,13 @@ class Node:
         config: Mapping[str, str],
         plugins: Sequence[str],
         tls_files: Mapping[str, str | os.PathLike[str]],
+        founder: Node | None = None,
     ) -> Self:
-        """Choose ports, start the watchdog and only then create the folder that it watches."""
+        """Choose ports, start the watchdog and only then create the folder that it watches.
+
+        With a ``founder``, which runs, the node joins its cluster when it first boots: they have
+        one cookie and one epmd, which is the founder's.
+        """
         installation = await anyio.to_thread.run_sync(_node_parts.find_installation, version)
         if installation.root is not None and os.geteuid() != 0:
             raise NodeError(
@@ -80,8 +87,12 @@ class Node:
             )
         account = _node_parts.account()
         path = _node_parts.new_folder_path(account)
-        ports = _node_parts.choose_ports()
+        ports = _node_parts.choose_ports(epmd=founder.ports.epmd if founder else None)
         name = path.name.replace("-", "")
+        cookie = secrets.token_hex(16)
+        if founder is not None:
+            cookie = (founder.path / _node_parts.COOKIE).read_text()
+            config = {**_node_parts.joining(founder.name, name), **config}
         node = cls(
             path=path,
             name=name,
@@ -92,6 +103,7 @@ class Node:
             env=_node_parts.environment(path, installation=installation, ports=ports, name=name),
             # Unless it is configured it begins with the name of the node.
             cluster_name=config.get("cluster_name", f"{name}@"),
+            founder=founder,
         )
         try:
             await anyio.to_thread.run_sync(
@@ -103,12 +115,18 @@ class Node:
                     config=config,
                     plugins=plugins,
                     tls_files=tls_files,
+                    cookie=cookie,
                 )
             )
         except BaseException:
             await node.destroy()
             raise
         return node
+
+    @property
+    def ports_are_free(self) -> bool:
+        """Whether nobody listens on its ports. A founder's epmd may do so."""
+        return self.ports.all_free(but_epmd=self.founder is not None)
 
     @property
     def is_alive(self) -> bool:
@@ -132,9 +150,7 @@ class Node:
             # The log of an earlier life would stand in the error of this one.
             with (self.path / "output.log").open("ab") as output:
                 output.truncate(0)
-                if self.epmd is None or self.epmd.poll() is not None:
-                    listen = ("-port", str(self.ports.epmd), "-address", HOST)
-                    self.epmd = self._spawn([self.installation.epmd, *listen], output=output)
+                (self.founder or self).start_epmd(output)
                 program = self.path / "home" / "sbin" / "rabbitmq-server"
                 self.server = self._spawn([program], output=output)
             try:
@@ -148,12 +164,18 @@ class Node:
                 await self.kill()
             raise
 
+    def start_epmd(self, output: IO[bytes]) -> None:
+        """Start epmd unless it runs."""
+        if self.epmd is None or self.epmd.poll() is not None:
+            listen = ("-port", str(self.ports.epmd), "-address", HOST)
+            self.epmd = self._spawn([self.installation.epmd, *listen], output=output)
+
     async def _serve(self) -> None:
         # RabbitMQ 4 answers before its boot is over; stopped then, it would call that a failure.
         while not ("completed with" in self._tail("output.log") and await self._answers()):
             if "BOOT FAILED" in self._tail("output.log"):  # it takes seconds to draw conclusions
                 raise self._not_started("its boot failed")
-            for process in (self.epmd, self.server):
+            for process in ((self.founder or self).epmd, self.server):
                 if process is not None and process.poll() is not None:
                     who = "the node" if process is self.server else "its epmd"
                     raise self._not_started(f"{who} exited with status {process.returncode}")

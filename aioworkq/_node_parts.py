@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 HOST = "127.0.0.1"
+COOKIE = ".erlang.cookie"
 
 PLACES = (
     "/usr/lib/rabbitmq/bin",  # the packages of Debian and of RabbitMQ: no wrapper for root there
@@ -108,11 +109,10 @@ class Ports:
     distribution: int
     epmd: int
 
-    def all_free(self) -> bool:
-        """Tell whether nobody listens on any of them."""
-        return all(
-            port_is_free(port) for port in (self.amqp, self.tls, self.distribution, self.epmd)
-        )
+    def all_free(self, *, but_epmd: bool = False) -> bool:
+        """Tell whether nobody listens on any of them, epmd's left out or not."""
+        ports = [self.amqp, self.tls, self.distribution]
+        return all(map(port_is_free, ports if but_epmd else [*ports, self.epmd]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,9 +232,14 @@ def free_port() -> int:
     )
 
 
-def choose_ports() -> Ports:
-    """Choose the ports of a new node. They are not reserved: a race may still lose one."""
-    return Ports(amqp=free_port(), tls=free_port(), distribution=free_port(), epmd=free_port())
+def choose_ports(*, epmd: int | None = None) -> Ports:
+    """Choose the ports of a new node. They are not reserved: a race may still lose one.
+
+    Args:
+        epmd: The port of an epmd that is there already, ``None`` for one of the node's own.
+    """
+    ports = {name: free_port() for name in ("amqp", "tls", "distribution")}
+    return Ports(**ports, epmd=epmd or free_port())
 
 
 def account() -> Account:
@@ -280,6 +285,7 @@ def build_folder(
     config: Mapping[str, str],
     plugins: Sequence[str],
     tls_files: Mapping[str, str | os.PathLike[str]],
+    cookie: str,
 ) -> None:
     """Create a node's folder: cookie, configuration, data, and a slim home to boot from.
 
@@ -294,6 +300,7 @@ def build_folder(
         config: Lines of ``rabbitmq.conf`` that win over ours.
         plugins: The plugins to enable.
         tls_files: PEM files by the last part of their key, ``ssl_options.<key>``.
+        cookie: What nodes and tools that may speak to each other have in common.
     """
     path.mkdir(mode=0o700)
     slim, inside = path / "home", installation.seen_from_inside
@@ -310,7 +317,7 @@ def build_folder(
         copy = path / f"{key}.pem"
         copy.write_bytes(Path(file).read_bytes())
         lines[f"ssl_options.{key}"] = str(copy)
-    (path / ".erlang.cookie").write_text(secrets.token_hex(16))
+    (path / COOKIE).write_text(cookie)
     (path / "rabbitmq.conf").write_text(
         "".join(f"{key} = {value}\n" for key, value in (lines | dict(config)).items())
     )
@@ -320,6 +327,21 @@ def build_folder(
         os.lchown(entry, account.uid, account.gid)
         if not entry.is_symlink() and entry.is_file():
             entry.chmod(0o400)
+
+
+def joining(founder: str, name: str) -> dict[str, str]:
+    """Return the lines of configuration by which a new node joins the cluster of another one.
+
+    Args:
+        founder: The name of a node that runs.
+        name: The new node's name: RabbitMQ 4 wants to find itself among those that it discovers.
+    """
+    key = "cluster_formation.classic_config.nodes"
+    return {
+        "cluster_formation.peer_discovery_backend": "classic_config",
+        f"{key}.1": f"{founder}@localhost",
+        f"{key}.2": f"{name}@localhost",
+    }
 
 
 def _needed_plugins(folder: Path, *, wanted: Sequence[str]) -> Iterator[Path]:

@@ -1,7 +1,8 @@
 """A private RabbitMQ for tests: started in seconds, broken at will, gone without a trace.
 
 Here lives :class:`RabbitMQ`, one throw-away node of a RabbitMQ server that is installed on this
-machine: what users are promised, and what tests do to it. How it is done is in ``_node.py``.
+machine: what users are promised, and what tests do to it. How it is done is in ``_node.py``, and
+several nodes make a :class:`RabbitMQCluster` in ``_cluster.py``.
 Nothing here speaks AMQP beyond the first frame of a handshake: connect with whatever client you
 test. Fixtures for pytest are not here either.
 
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 from urllib.parse import quote
 
+from aioworkq._cluster import RabbitMQCluster
 from aioworkq._node import Node
 from aioworkq._node_parts import HOST, NodeError, NotInstalledError
 from aioworkq.errors import StateError
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["NodeError", "NotInstalledError", "RabbitMQ", "TLSFiles"]
+__all__ = ["NodeError", "NotInstalledError", "RabbitMQ", "RabbitMQCluster", "TLSFiles"]
 
 _BOOTS = 4  # a port that was free when it was chosen may be lost in a race: then again
 
@@ -104,6 +106,7 @@ class RabbitMQ:
         self._tls_files = {} if tls is None else _tls_options(tls)
         self._startup_timeout = startup_timeout
         self._node: Node | None = None
+        self._founder: RabbitMQ | None = None  # set by a cluster
         self._last_log = ""
         self._is_closed = False
 
@@ -203,7 +206,7 @@ class RabbitMQ:
                 await node.boot(timeout=self._startup_timeout)
             except NodeError:
                 # Ours are dead. A port that is still taken is somebody else's: we lost a race.
-                if not is_new or not boots_left or node.ports.all_free():
+                if not is_new or not boots_left or node.ports_are_free:
                     raise
                 await self._destroy()
             else:
@@ -215,6 +218,7 @@ class RabbitMQ:
             config=self._config,
             plugins=self._plugins,
             tls_files=self._tls_files,
+            founder=self._founder._node if self._founder else None,  # noqa: SLF001 - one of us
         )
 
     async def stop(self, *, timeout: float = 15.0) -> None:

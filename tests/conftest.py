@@ -9,6 +9,7 @@ fixture         scope    what it is
 ``proxy_url``   test     ``url`` through ``proxy``
 ``own_node``    test     a private node for this test alone, to stop, kill and pause
 ``version``     session  the version of RabbitMQ that all nodes have: ``--rabbitmq 4.3``
+``is_long``     session  whether the full numbers are asked for, which take minutes: ``--long``
 ``queue_name``  test     a name that no other test uses
 =============== ======== ==================================================================
 
@@ -51,6 +52,7 @@ _LEAK_GRACE = 10.0  # seconds in which what is ending already may end, on a busy
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let the tests run with another RabbitMQ, and with the fallback of the fast paths."""
     parser.addoption("--rabbitmq", metavar="VERSION", help="the version of RabbitMQ to test with")
+    parser.addoption("--long", action="store_true", help="the full numbers, which take minutes")
     parser.addoption(
         "--documented-calls",
         action="store_true",
@@ -113,6 +115,12 @@ def version(pytestconfig: pytest.Config) -> str | None:
     """The version of RabbitMQ that is tested with; None for what is installed."""
     version: str | None = pytestconfig.getoption("--rabbitmq")
     return version
+
+
+@pytest.fixture(scope="session")
+def is_long(pytestconfig: pytest.Config) -> bool:
+    """Whether the full numbers are asked for, which take minutes."""
+    return bool(pytestconfig.getoption("--long"))
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ LAYERS: dict[str, int] = {
     "dead_letters": 10,
     "script": 11,
     "testing": 11,
+    "_cluster": 11,
     "_node": 11,
     "_node_parts": 11,
     "_watchdog": 11,
