@@ -4,6 +4,11 @@ The producer and the worker's copies (dead letters, retries) ride on the same `O
 confirm channel open. What that channel leaves unconfirmed when it is lost is sent again on the next
 one, until its deadline; then its publisher hears what is true: that it was never sent, or that
 nobody knows.
+
+A negative confirm is the queue's answer, with one exception. RabbitMQ before 4.0 refuses what a
+channel publishes first to a quorum queue that has no leader at this moment, and then goes on to do
+so on this channel for ever. So a channel on which a queue has refused all is replaced; and just
+after a reconnect, when a node may have failed, its messages are sent again on the next one.
 """
 
 from __future__ import annotations
@@ -42,6 +47,10 @@ _BACKOFF_MAX: Final = 5.0
 _EXPIRE_PAUSE: Final = 2e-6
 """Seconds for each message that waits: looking for what is overdue takes a small part of the time,
 however many there are."""
+_FAILOVER: Final = 10.0
+"""Seconds after a reconnect in which a queue that takes nothing may be one without a leader."""
+_REFUSED_PAUSE: Final = 0.1
+_DRAIN_TIMEOUT: Final = 1.0
 _BLOCKED_POLL: Final = 0.25
 _BLOCKED_REASON: Final = "RabbitMQ blocks publishers (memory or disk alarm)"
 _CLOSED_REASON: Final = "the producer was closed"
@@ -54,6 +63,7 @@ class Publication:
         "_outbox",
         "deadline",
         "done",
+        "is_refused",
         "is_resolved",
         "is_sent",
         "is_suspect",
@@ -80,6 +90,8 @@ class Publication:
         self.is_resolved = False
         self.is_sent = False
         """It is on the channel, and the channel has not answered."""
+        self.is_refused = False
+        """It was refused, and shall be sent again on another channel."""
         self.maybe_stored = False
         """It was on a connection or channel that was lost."""
         self.is_suspect = False
@@ -119,6 +131,13 @@ class Outbox:
         self._abandoned = 0
         self._abandoned_bytes = 0
         self._suspects: set[Publication] = set()
+        self._taking: set[str] = set()
+        self._again: list[Publication] = []
+        self._retirement: asyncio.TimerHandle | None = None
+        self._is_retiring = False
+        self._refused_pause = _REFUSED_PAUSE
+        self._failover_until = 0.0
+        self._was_lost = False
         self._refused: ConnectionLostError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -251,10 +270,46 @@ class Outbox:
         if publication.is_resolved:
             self._abandoned -= 1
             self._abandoned_bytes -= publication.size
+        elif confirm is Confirm.NACK and self._may_lack_leader(publication):
+            publication.is_refused = True
+            self._again.append(publication)
         else:
+            if confirm is Confirm.ACK:
+                self._taking.add(publication.message.exchange or publication.message.queue)
             self._finish(publication, self._error_of(publication, confirm, reason))
-        if self._waiting and self._channel is not None:
+        if self._is_retiring:
+            self._renew_if_drained()
+        elif self._waiting and self._channel is not None:
             self._pump(self._channel)
+
+    def _may_lack_leader(self, publication: Publication) -> bool:
+        """See to it that a channel is replaced on which a queue has refused all.
+
+        Returns:
+            Whether the message shall be sent again on the next one.
+        """
+        message = publication.message
+        if publication.is_suspect or (message.exchange or message.queue) in self._taking:
+            return False
+        loop = asyncio.get_running_loop()
+        if self._retirement is None and not self._is_retiring:
+            # It may well be a full queue: ever more seldom.
+            self._retirement = loop.call_later(self._refused_pause, self._retire)
+            self._refused_pause = min(_BACKOFF_MAX, 2 * self._refused_pause)
+        return loop.time() < self._failover_until
+
+    def _retire(self) -> None:
+        """Send nothing more on the channel, and have it replaced once all is answered, or soon."""
+        self._retirement = None
+        if self._channel is not None and self._renewal is not None:
+            self._channel, self._is_retiring = None, True
+            loop = asyncio.get_running_loop()
+            self._retirement = loop.call_later(_DRAIN_TIMEOUT, self._renewal.cancel)
+            self._renew_if_drained()
+
+    def _renew_if_drained(self) -> None:
+        if not self._sent and self._renewal is not None:
+            self._renewal.cancel()
 
     def _error_of(
         self,
@@ -367,6 +422,12 @@ class Outbox:
     def _overdue(self, publication: Publication, *, blocked: bool) -> WorkQueueError:
         reason = _CLOSED_REASON if self._is_closed else _BLOCKED_REASON if blocked else ""
         connected = self._channel is not None
+        if publication.is_refused and not publication.is_in_doubt:
+            return NotConfirmedError(
+                publication.message.message_id,
+                queue=publication.message.queue,
+                reason="RabbitMQ sent negative confirms",
+            )
         if publication.is_in_doubt:
             if not connected:
                 reason = reason or f"the connection was lost ({self._connection.last_error})"
@@ -419,14 +480,23 @@ class Outbox:
 
     async def _use(self, channel: PublishChannel) -> None:
         """Publish through a channel until it is lost, then take back what it did not confirm."""
-        self._channel = channel
-        reason = "too much of what was sent stayed unanswered"
+        reason = ""
         try:
             with anyio.CancelScope() as self._renewal:
-                self._pump(channel)
+                self._begin(channel)
                 reason = await channel.wait_lost()
         finally:
             self._channel = self._renewal = None
+            was_retired, self._is_retiring = self._is_retiring, False
+            if self._retirement is not None:
+                self._retirement.cancel()
+                self._retirement = None
+        if was_retired and not reason:
+            reason = "a queue refused everything on it"
+        else:
+            self._was_lost = bool(reason)
+            reason = reason or "too much of what was sent stayed unanswered"
+            self._refused_pause = _REFUSED_PAUSE
         # What is lost is closed already. One to be renewed may still confirm something meanwhile.
         await channel.aclose(timeout=_CLOSE_TIMEOUT)
         left = [one for one in channel.take_unconfirmed() if isinstance(one, Publication)]
@@ -450,7 +520,22 @@ class Outbox:
             self._waiting[publication] = None
             self._waiting.move_to_end(publication, last=False)
         self.resent += len(again)
-        _log.warning("The channel to publish on was lost: %s. Unconfirmed: %d.", reason, len(again))
+        verb = "is replaced" if was_retired else "was lost"
+        _log.warning("The channel to publish on %s: %s. Unconfirmed: %d.", verb, reason, len(again))
+
+    def _begin(self, channel: PublishChannel) -> None:
+        """Send what waits on a new channel; first of all what was refused on another one."""
+        self._channel = channel
+        self._taking.clear()
+        if self._was_lost:
+            self._was_lost = False
+            self._failover_until = asyncio.get_running_loop().time() + _FAILOVER
+        for publication in reversed(self._again):
+            if not publication.is_resolved:
+                self._waiting[publication] = None
+                self._waiting.move_to_end(publication, last=False)
+        self._again.clear()
+        self._pump(channel)
 
     def _refuse(self, error: ConnectionLostError) -> None:
         self._refused = error
@@ -503,7 +588,7 @@ class Outbox:
             blocked = self._connection.is_blocked
             for publication in list(self._pending):
                 self._finish(publication, self._overdue(publication, blocked=blocked))
-            for timer in (self._timer, self._blocked_timer):
+            for timer in (self._timer, self._blocked_timer, self._retirement):
                 if timer is not None:
                     timer.cancel()
             loop = asyncio.get_running_loop()

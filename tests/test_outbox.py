@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from aioworkq.amqp import AmqpConnection
 from aioworkq.errors import (
     AccessRefusedError,
     ConnectionLostError,
+    NotConfirmedError,
     OutcomeUnknownError,
     WorkQueueError,
 )
@@ -49,6 +51,12 @@ class Line:
         self.queue = queue
         self.errors: dict[int, WorkQueueError | None] = {}
         self._numbers = itertools.count()
+
+    def beside(self, queue: str) -> Line:
+        """Return another queue's messages through the same outbox."""
+        other = copy.copy(self)
+        other.queue, other.errors, other._numbers = queue, {}, itertools.count()
+        return other
 
     async def start(self) -> None:
         await self.outbox.wait_connected(timeout=20)
@@ -192,6 +200,90 @@ async def test_cancelled_publications_free_their_slots(line: Line) -> None:
     assert (line.outbox.pending, line.outbox._abandoned, line.outbox._sent_bytes) == (0, 0, 0)
     assert not line.outbox._waiting
     await line.publish()
+
+
+@pytest.fixture
+async def full_queue(line: Line, url: str) -> AsyncIterator[Broker]:
+    """A look at the queue of `line`, which has room for one message and has it."""
+    full = {"x-max-length": 1, "x-overflow": "reject-publish"}
+    async with Broker(url) as broker:
+        await broker.delete(line.queue)
+        await broker.declare(line.queue, **full)
+        await broker.publish(line.queue, b"x")
+        yield broker
+
+
+async def test_a_channel_on_which_a_queue_refuses_all_is_replaced(
+    line: Line, full_queue: Broker
+) -> None:
+    """The refusal is told at once, and the next channel may find the queue in another mood."""
+    channel = line.outbox._channel
+    with pytest.raises(NotConfirmedError):
+        await line.publish()
+    await eventually(lambda: line.outbox._channel not in {None, channel})
+    await full_queue.take_all(line.queue)
+    await line.publish()
+    channel = line.outbox._channel
+    with pytest.raises(NotConfirmedError):
+        await line.publish()
+    assert line.outbox._retirement is None
+    assert line.outbox._channel is channel, "here the queue took one: its word counts"
+
+
+async def test_replacing_a_channel_sends_nothing_twice(
+    line: Line, full_queue: Broker, proxy: Proxy, queue_name: str
+) -> None:
+    """What is under way when a channel is replaced is answered on it."""
+    other = line.beside(f"{queue_name}.other")
+    await full_queue.declare(other.queue)
+    channel = line.outbox._channel
+    proxy.delay(0.02)
+    line.submit()
+    published = 0
+    while line.outbox._channel in {None, channel}:
+        await other.publish()
+        published += 1
+    assert isinstance(line.errors[0], NotConfirmedError)
+    assert line.outbox.resent == 0
+    assert await full_queue.ready(other.queue) == published
+
+
+async def test_a_channel_that_never_answers_is_replaced_all_the_same(
+    line: Line, full_queue: Broker, proxy: Proxy, queue_name: str
+) -> None:
+    """What has no answer soon is sent again on the next channel."""
+    other = line.beside(f"{queue_name}.other")
+    await full_queue.declare(other.queue)
+    channel = line.outbox._channel
+
+    def drop_acks(direction: str, kind: int, _: int, payload: bytes) -> bool:
+        is_ack = direction == "to_client" and kind == 1 and payload.startswith(b"\x00\x3c\x00\x50")
+        return not is_ack or (line.outbox._channel is not None and line.outbox._channel != channel)
+
+    proxy.on_frame = drop_acks
+    other.submit()
+    line.submit()
+    await eventually(lambda: 0 in other.errors)
+    assert other.errors == {0: None}
+    assert line.outbox.resent == 1
+
+
+async def test_a_refusal_after_a_reconnect_is_not_the_last_word(
+    line: Line, full_queue: Broker, proxy: Proxy
+) -> None:
+    """Just after a node may have failed, a message that was refused is sent until it is taken."""
+    channel = line.outbox._channel
+    proxy.cut()
+    await eventually(lambda: line.outbox._channel not in {None, channel})
+    line.submit()
+    line.submit(timeout=0.5)
+    await eventually(lambda: 1 in line.errors)
+    assert isinstance(line.errors[1], NotConfirmedError)
+    assert 0 not in line.errors
+    await full_queue.take_all(line.queue)
+    await eventually(lambda: 0 in line.errors)
+    assert line.errors[0] is None
+    assert line.outbox.resent == 0
 
 
 async def test_a_refused_connection_gives_everybody_an_error_of_his_own(

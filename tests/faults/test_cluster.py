@@ -1,0 +1,163 @@
+"""A cluster of three loses the leader of a quorum queue under load, again and again.
+
+Publishing tasks and a worker know all hosts. The node with the queue's leader is killed; the others
+elect a new one. What was confirmed must have been handled in the end, and nobody but the library
+does anything about it. The gaps are printed: the longest time without a confirm, and without a
+handled message, around each kill.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import re
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from aioworkq import Producer, Queue, Worker, WorkQueueError
+from aioworkq.testing import RabbitMQCluster
+from tests.consuming import eventually
+
+if TYPE_CHECKING:
+    from aioworkq.testing import RabbitMQ
+
+PUBLISHERS = 10
+PATIENCE = 60.0
+
+STATUS = """
+    [{{proplists:get_value(<<"Node Name">>, Row),
+       proplists:get_value(<<"Raft State">>, Row),
+       proplists:get_value(<<"Commit Index">>, Row)}}
+     || Row <- rabbit_quorum_queue:status(<<"/">>, <<"{queue}">>)]
+"""
+
+
+class Member(NamedTuple):
+    """A copy of a quorum queue: its node's name, what it is, and how far it is."""
+
+    node: str
+    state: str
+    last: int
+
+
+async def members_of(queue: str, cluster: RabbitMQCluster) -> list[Member]:
+    """Ask a node for all members of a queue; those that are down are left out."""
+    node = next(node for node in cluster.nodes if node.is_running)
+    printed = await node.eval(STATUS.format(queue=queue))
+    rows = re.findall(r"\{(\w+)@localhost,(\w+),(\d+)\}", printed)
+    return [Member(name, state, int(last)) for name, state, last in rows]
+
+
+async def leader_of(queue: str, cluster: RabbitMQCluster) -> RabbitMQ:
+    """Wait until a queue has a leader, and return its node."""
+    leaders: list[str] = []
+
+    async def found() -> bool:
+        members = await members_of(queue, cluster)
+        leaders[:] = [member.node for member in members if member.state == "leader"]
+        return len(leaders) == 1
+
+    await eventually(found, timeout=PATIENCE)
+    by_name = {node._node.name: node for node in cluster.nodes if node._node is not None}
+    return by_name[leaders[0]]
+
+
+async def all_in_sync(queue: str, cluster: RabbitMQCluster) -> None:
+    """Wait until each member has what any member has now."""
+    goal = max(member.last for member in await members_of(queue, cluster))
+
+    async def reached() -> bool:
+        members = await members_of(queue, cluster)
+        return len(members) == len(cluster.nodes) and all(
+            member.state in {"leader", "follower"} and member.last >= goal for member in members
+        )
+
+    await eventually(reached, timeout=PATIENCE)
+
+
+class Log:
+    """What was confirmed and handled, and when."""
+
+    def __init__(self) -> None:
+        self.confirmed: dict[int, float] = {}
+        self.handled: dict[int, float] = {}
+        self.runs: Counter[int] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.published = 0
+
+    @property
+    def lost(self) -> set[int]:
+        return self.confirmed.keys() - self.handled.keys()
+
+    async def publish(self, producer: Producer, queue: Queue[int], stop: asyncio.Event) -> None:
+        """Publish numbers until told to stop. What fails is not published again."""
+        while not stop.is_set():
+            self.published += 1
+            number = self.published
+            try:
+                await producer.publish(queue, number)
+            except WorkQueueError as exc:
+                self.errors[type(exc).__name__] += 1
+            else:
+                self.confirmed[number] = time.monotonic()
+            await asyncio.sleep(random.uniform(0, 0.02))  # a busy producer, not a saturated one
+
+    def goes_on(self, since: int) -> bool:
+        """Whether something was handled that was published after number ``since``."""
+        return any(number > since for number in reversed(self.handled))
+
+
+def gap(times: list[float], begin: float) -> float:
+    """Return the longest pause between two moments, the later of which is after ``begin``."""
+    pairs = itertools.pairwise(times)
+    return max(later - earlier for earlier, later in pairs if later >= begin)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+async def test_the_leader_is_killed(
+    version: str | None,
+    is_long: bool,  # noqa: FBT001 - a fixture
+    queue_name: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing confirmed is lost; workers and producers go on through another host."""
+    caplog.set_level(logging.ERROR)
+    queue, log, stop = Queue(queue_name, int), Log(), asyncio.Event()
+    async with RabbitMQCluster(version=version) as cluster:
+        worker = Worker(cluster.urls)
+
+        @worker.handler(queue, concurrency=20)
+        async def handle(number: int) -> None:
+            log.handled.setdefault(number, time.monotonic())
+            log.runs[number] += 1
+
+        async with worker, Producer(cluster.urls) as producer, asyncio.TaskGroup() as tasks:
+            for _ in range(PUBLISHERS):
+                tasks.create_task(log.publish(producer, queue, stop))
+            for number in range(10 if is_long else 2):
+                await eventually(log.goes_on, log.published)
+                node = await leader_of(queue_name, cluster)
+                was_used = producer.statistics().reconnects, worker.statistics().reconnects
+                killed, published = time.monotonic(), log.published
+                await node.kill()
+                await eventually(log.goes_on, published + PUBLISHERS, timeout=PATIENCE)
+                print(
+                    f"kill {number}: {gap(list(log.confirmed.values()), killed):.2f} s without a "
+                    f"confirm, {gap(list(log.handled.values()), killed):.2f} s without a handled "
+                    f"message; reconnected: "
+                    f"producer {producer.statistics().reconnects - was_used[0]}, "
+                    f"worker {worker.statistics().reconnects - was_used[1]}; "
+                    f"errors so far: {dict(log.errors)}",
+                )
+                await node.start()
+                await all_in_sync(queue_name, cluster)
+            stop.set()
+        print(f"{cluster.nodes[0].version}: {len(log.confirmed)} confirmed")
+    assert not log.lost
