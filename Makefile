@@ -2,6 +2,7 @@
 # make test   lint, tests, coverage  make bench   measure it
 # make clean  remove what the others made
 # make test-all  the same, and the tests with RabbitMQ 4.0 and 4.3 too (Debian, by root)
+# make test-long what breaks clusters, delays and copies, in full numbers, with each version
 #
 # Nothing is needed before but Python 3.11 or later, and pip: all Python packages go into .venv.
 # RabbitMQ is installed when it is missing (Debian and its kin, by root or with sudo) and is not
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all lint bench clean rabbitmq rabbitmq-4.0 rabbitmq-4.3
+.PHONY: demo test test-all test-long lint bench clean rabbitmq rabbitmq-4.0 rabbitmq-4.3
 
 demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,14 @@ test-all: rabbitmq-4.0 rabbitmq-4.3 test
 	for version in 4.0 4.3; do \
 		$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'rabbitmq and not one_version' \
 			--rabbitmq $$version || exit 1; \
+	done
+
+# What `make test` does a few times is done a hundred times, or with a hundred thousand messages.
+LONG := $(addprefix tests/faults/test_,cluster.py delays_at_scale.py kill_between_copy_and_ack.py)
+
+test-long: $(VENV)/installed rabbitmq rabbitmq-4.0 rabbitmq-4.3
+	for version in 3.10 4.0 4.3; do \
+		$(BIN)/python -m pytest -rP --long --rabbitmq $$version $(LONG) || exit 1; \
 	done
 
 lint: $(VENV)/installed
