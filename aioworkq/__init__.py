@@ -23,6 +23,7 @@ from aioworkq.errors import (
     WorkQueueError,
 )
 from aioworkq.lifecycle import ConsumerState
+from aioworkq.memory import MemoryBroker
 from aioworkq.message import Delivery, Message
 from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
 from aioworkq.producer import Producer
@@ -46,6 +47,7 @@ __all__ = [
     "DeadMessage",
     "DecodeError",
     "Delivery",
+    "MemoryBroker",
     "Message",
     "MessageError",
     "NotConfirmedError",

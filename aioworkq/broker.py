@@ -1,8 +1,9 @@
 """What aioworkq needs from a broker.
 
-Two implementations are meant: RabbitMQ through aio-pika (``amqp/``) and an in-memory one. The code
-above this module knows nothing else of either. No call of these protocols waits without a bound:
-it returns, or raises `ConnectionLostError` or one of its siblings.
+There are two implementations: RabbitMQ through aio-pika (``amqp/``), and one in memory
+(``memory/``). The code above this module knows nothing else of either. But for those that wait for
+an event or for time, no call of these protocols waits without a bound: it returns, or raises
+`ConnectionLostError` or one of its siblings.
 """
 
 from __future__ import annotations
@@ -12,9 +13,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from datetime import datetime
 
     from aioworkq.message import Message
     from aioworkq.topology import Declaration
+
+
+class Event(Protocol):
+    """What can be waited for: an event of asyncio or AnyIO."""
+
+    def is_set(self) -> bool:
+        """Whether it has happened."""
+        ...
+
+    async def wait(self) -> Any:
+        """Wait until it has."""
+        ...
 
 
 class Confirm(Enum):
@@ -191,6 +205,17 @@ class Connection(Protocol):
     @property
     def counts_nacks(self) -> bool:
         """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
+        ...
+
+    def now(self) -> datetime:
+        """Return the time, aware: what messages are stamped with, and delays count from."""
+        ...
+
+    async def sleep(self, seconds: float, *, until: Event | None = None) -> None:
+        """Wait for so many seconds of the broker's clock, or until an event is set.
+
+        That clock is the real one, but for an in-memory broker whose time is virtual.
+        """
         ...
 
     def prepare(self, message: Message) -> Any:

@@ -168,7 +168,8 @@ class Consumer:
                 if self._stopping.is_set():
                     break
                 longest = min(_BACKOFF_MAX, 0.05 * 2.0 ** min(failures, 10))
-                await anyio.sleep(longest * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+                pause = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+                await self._connection.sleep(pause)
 
     async def _subscribe(self, failures: int) -> Subscription | None:
         """Declare the queue and subscribe; None when that failed and may succeed later."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
 
 import anyio
 
-from aioworkq.amqp import AmqpConnection
 from aioworkq.codec import codec_for
+from aioworkq.connect import connection_to
 from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.message import (
     ATTEMPTS,
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from aioworkq.broker import Getter, Incoming
+    from aioworkq.broker import Connection, Getter, Incoming
+    from aioworkq.memory import MemoryBroker
     from aioworkq.message import Message
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ class DeadLetters(Generic[T]):
 
     def __init__(
         self,
-        url: str | Sequence[str],
+        url: str | Sequence[str] | MemoryBroker,
         queue: Queue[T] | str,
         *,
         timeout: float = 30.0,
@@ -120,9 +121,10 @@ class DeadLetters(Generic[T]):
         self._queue: Queue[T] = as_queue(queue)
         self._timeout = timeout
 
-        def connection(purpose: str) -> AmqpConnection:
-            return AmqpConnection(
+        def connection(purpose: str) -> Connection:
+            return connection_to(
                 url,
+                owner="dead letters",
                 name=f"aioworkq dead letters ({purpose})",
                 heartbeat=10,
                 connect_timeout=10.0,

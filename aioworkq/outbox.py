@@ -467,7 +467,7 @@ class Outbox:
                 except ConnectionLostError as exc:
                     failures += 1
                     _log.warning("%s", exc)
-                    await asyncio.sleep(_backoff(failures))
+                    await self._connection.sleep(_backoff(failures))
                     continue
                 failures = 0
                 await self._use(channel)

@@ -11,14 +11,13 @@ import contextlib
 import logging
 import math
 import uuid
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import anyio
 
-from aioworkq.amqp import AmqpConnection
 from aioworkq.batch import Batch, PublishReport, each
 from aioworkq.codec import codec_for
+from aioworkq.connect import connection_to
 from aioworkq.delay import checked_delay
 from aioworkq.delays import DelayQueues
 from aioworkq.errors import (
@@ -34,8 +33,11 @@ from aioworkq.topology import Queue, as_queue, declarations
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterable, Callable, Iterable, Mapping, Sequence
+    from datetime import datetime
     from types import TracebackType
+
+    from aioworkq.memory import MemoryBroker
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ class Producer:
 
     Args:
         url: ``amqp://user:password@host:port/vhost``, or ``amqps://``; or several, hosts of one
-            cluster, tried in turn.
+            cluster, tried in turn. A `MemoryBroker`, or ``memory://name``, in tests.
         timeout: Seconds after which a publication that has no outcome yet fails, outages included.
         window: How many messages may be unconfirmed at a time; RabbitMQ gains nothing beyond 1,000.
         max_message_size: Larger bodies are refused here; RabbitMQ 4 takes 16 MiB by default.
@@ -69,7 +71,7 @@ class Producer:
 
     def __init__(
         self,
-        url: str | Sequence[str],
+        url: str | Sequence[str] | MemoryBroker,
         *,
         timeout: float = 30.0,
         window: int = 1000,
@@ -85,8 +87,9 @@ class Producer:
         if max_message_size < 1:
             raise ValueError(f"max_message_size is {max_message_size}: it must be at least 1.")
         check_connection_options(heartbeat=heartbeat, connect_timeout=connect_timeout)
-        self._connection = AmqpConnection(
+        self._connection = connection_to(
             url,
+            owner="producer",
             name=name,
             heartbeat=heartbeat,
             connect_timeout=connect_timeout,
@@ -218,7 +221,7 @@ class Producer:
         """
         outbox = self._running()
         queue = as_queue(queue)
-        seconds = _checked_delay(delay, at, expiration)
+        seconds = _checked_delay(delay, at, expiration, now=self._connection.now)
         message = self._message(
             queue,
             body,
@@ -293,7 +296,7 @@ class Producer:
         outbox = self._running()
         queue = as_queue(queue)
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
-        seconds = _checked_delay(delay, at, expiration)
+        seconds = _checked_delay(delay, at, expiration, now=self._connection.now)
         if self._must_declare(queue):
             with outbox.expecting():
                 await self.make_way(queue, asyncio.get_running_loop().time() + wait)
@@ -361,7 +364,7 @@ class Producer:
                         raise
                     except ConnectionLostError as exc:
                         reason = exc.reason
-                        await asyncio.sleep(_DECLARE_PAUSE)
+                        await self._connection.sleep(_DECLARE_PAUSE)
                     else:
                         return
         except TimeoutError:
@@ -408,7 +411,7 @@ class Producer:
             headers=dict(headers) if headers else {},
             priority=priority,
             expiration=expiration,
-            timestamp=datetime.now(UTC),
+            timestamp=self._connection.now(),
         )
 
 
@@ -420,10 +423,16 @@ def _check_ids(message_id: object, correlation_id: object) -> None:
         raise ValueError("message_id is empty: give one, or None to have one made.")
 
 
-def _checked_delay(delay: float | None, at: datetime | None, expiration: float | None) -> float:
+def _checked_delay(
+    delay: float | None,
+    at: datetime | None,
+    expiration: float | None,
+    *,
+    now: Callable[[], datetime],
+) -> float:
     if delay is None and at is None:
         return 0.0
-    seconds = checked_delay(delay, at, now=datetime.now(UTC))
+    seconds = checked_delay(delay, at, now=now())
     if seconds and expiration is not None:
         raise ValueError(
             "a delayed message cannot have an expiration too: it would end the delay. "

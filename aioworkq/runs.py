@@ -570,8 +570,7 @@ class Runs:
 
         It goes back once this consumer is cancelled: before, it would be handed over here again.
         """
-        with anyio.move_on_after(seconds):
-            await self._may_go_back.wait()
+        await self._settler.connection.sleep(seconds, until=self._may_go_back)
 
     async def _settle(self, run: Run, outcome: Outcome) -> None:
         self._settled(run, outcome, await self._settler.settle(run, outcome))

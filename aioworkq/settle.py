@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -110,7 +109,7 @@ class Settler:
         timeout: float,
     ) -> None:
         self._queue = queue
-        self._connection = connection
+        self.connection = connection
         self._outbox = outbox
         self._stopping = stopping
         self._timeout = timeout
@@ -209,7 +208,7 @@ class Settler:
             needs_copy = is_classic and delivery.redelivered
             used = delivery.attempt
         else:
-            needs_copy = queue.type == "classic" or self._connection.counts_nacks
+            needs_copy = queue.type == "classic" or self.connection.counts_nacks
             used = unsettled.used
         if not needs_copy:
             return self._give_back(unsettled, counts=outcome.counts)
@@ -241,7 +240,7 @@ class Settler:
     async def _retry(self, unsettled: Unsettled, outcome: Retry) -> Settled:
         """Let a copy wait in the broker, for an eighth of a second up to a year."""
         delivery = unsettled.delivery
-        now = datetime.now(UTC)
+        now = self.connection.now()
         headers = {FIRST_FAILURE: now, **delivery.message.headers, LAST_FAILURE: now}
         headers[ATTEMPTS] = delivery.attempt if outcome.counts else unsettled.used
         headers.pop(TRIAL, None)
@@ -290,7 +289,7 @@ class Settler:
                     attempts=unsettled.used + unsettled.was_started,
                     reason=str(outcome.reason),
                     failure=failure,
-                    now=datetime.now(UTC),
+                    now=self.connection.now(),
                 ),
             )
             dead.expiration = None
@@ -305,8 +304,7 @@ class Settler:
     async def _put_back(self, unsettled: Unsettled, *, counts: bool) -> Settled:
         """Return a message whose copy could not be published; wait a little, so as not to spin."""
         self.counts.failed_copies += 1
-        with anyio.move_on_after(_FAILED_COPY_PAUSE):
-            await self._stopping.wait()
+        await self.connection.sleep(_FAILED_COPY_PAUSE, until=self._stopping)
         return self._give_back(unsettled, counts=counts)
 
     async def _publish(
@@ -344,7 +342,7 @@ class Settler:
         except UnroutableError:
             # A queue was deleted since it was declared.
             self._delays.forget()
-            await self._connection.declare(declarations(self._queue), timeout=timeout)
+            await self.connection.declare(declarations(self._queue), timeout=timeout)
             await self._publish_once(copy, delay, timeout)
 
     async def _publish_once(self, copy: Message, delay: float, timeout: float) -> None:

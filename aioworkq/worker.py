@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, 
 import anyio
 from anyio import TASK_STATUS_IGNORED
 
-from aioworkq.amqp import AmqpConnection
 from aioworkq.background import Background, to_the_end
 from aioworkq.changes import Changes
+from aioworkq.connect import connection_to
 from aioworkq.consumer import Consumer
 from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.handler import Handler, OnConnectionLoss, make_handler
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
     from anyio.abc import TaskGroup, TaskStatus
 
+    from aioworkq.broker import Connection
+    from aioworkq.memory import MemoryBroker
     from aioworkq.outcome import OnError
     from aioworkq.retry import RetryPolicy
 
@@ -75,7 +77,7 @@ class Worker:
 
     Args:
         url: ``amqp://user:password@host:port/vhost``, or ``amqps://``; or several, hosts of one
-            cluster, tried in turn.
+            cluster, tried in turn. A `MemoryBroker`, or ``memory://name``, in tests.
         grace: Seconds that running handlers get when the worker stops, before they are cancelled.
         timeout: Seconds for a declaration, a subscription, or the confirm of a copy.
         name: Shown in RabbitMQ's list of connections.
@@ -89,7 +91,7 @@ class Worker:
 
     def __init__(
         self,
-        url: str | Sequence[str],
+        url: str | Sequence[str] | MemoryBroker,
         *,
         grace: float = 30.0,
         timeout: float = 30.0,
@@ -104,9 +106,10 @@ class Worker:
         self._timeout = timeout
         check_connection_options(heartbeat=heartbeat, connect_timeout=connect_timeout)
 
-        def connection(purpose: str) -> AmqpConnection:
-            return AmqpConnection(
+        def connection(purpose: str) -> Connection:
+            return connection_to(
                 url,
+                owner="worker",
                 name=f"{name}{purpose}",
                 heartbeat=heartbeat,
                 connect_timeout=connect_timeout,

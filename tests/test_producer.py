@@ -252,14 +252,14 @@ async def test_each_of_many_messages_with_one_id_gets_its_own_outcome(
 
 @pytest.mark.fast_path("nothing is numbered")
 async def test_a_republished_message_does_not_lend_its_number_to_another(
-    producer: Producer, broker: Broker, queue_name: str
+    producer: Producer, broker: Broker, queue_name: str, url: str
 ) -> None:
     """A header that told twins apart once, and is published again, cannot mix up two outcomes."""
     queue, missing = Queue(queue_name, bytes), Queue(f"{queue_name}.missing", bytes, declare=False)
     await asyncio.gather(*(producer.publish(queue, b"x", message_id="twin") for _ in range(2)))
     left = [headers_of(message) for message in await broker.take_all(queue_name)]
     number = next(headers[NUMBER] for headers in left if NUMBER in headers)
-    async with Producer(producer._connection._urls[0].human_repr()) as another:
+    async with Producer(url) as another:
         # Numbers begin anew: this is the one that has the old number.
         routed = [another.publish(queue, b"x") for _ in range(number + 1)]
         copy = another.publish(missing, b"x", headers={NUMBER: number})

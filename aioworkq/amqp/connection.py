@@ -14,6 +14,7 @@ import asyncio
 import logging
 import random
 import ssl
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel, AbstractConnection
 
     from aioworkq.amqp.transport import Link
-    from aioworkq.broker import Incoming, Subscription
+    from aioworkq.broker import Event, Incoming, Subscription
     from aioworkq.message import Message
     from aioworkq.topology import Declaration
 
@@ -289,6 +290,18 @@ class AmqpConnection:
         """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
         properties = getattr(self._current, "server_properties", {})
         return semantics_of(str(properties.get("version", ""))).counts_nack
+
+    def now(self) -> datetime:
+        """Return the time, aware."""
+        return datetime.now(UTC)
+
+    async def sleep(self, seconds: float, *, until: Event | None = None) -> None:
+        """Wait for so many seconds, or until an event is set."""
+        if until is None:
+            await anyio.sleep(seconds)
+            return
+        with anyio.move_on_after(seconds):
+            await until.wait()
 
     def prepare(self, message: Message) -> Wire:
         """Encode all that does not depend on a channel; see the protocol."""

@@ -13,6 +13,7 @@ import pytest
 import trustme
 
 from aioworkq import ConnectionLostError, Producer, Queue, StateError
+from aioworkq.amqp import AmqpConnection
 from aioworkq.testing import RabbitMQ, TLSFiles
 from tests.consuming import Broker, eventually
 from tests.proxy import Proxy
@@ -182,8 +183,10 @@ async def test_one_refusing_host_among_several_is_not_the_end(
     wrong = url.replace("guest:guest", f"guest:{SECRET}")
     proxy.refuse()
     producer = Producer([wrong, proxy.url(url)], timeout=30)
+    connection = producer._connection
+    assert isinstance(connection, AmqpConnection)
     starting = asyncio.create_task(producer.start())
-    await eventually(lambda: producer._connection._failures >= 3)
+    await eventually(lambda: connection._failures >= 3)
     assert not starting.done()
     proxy.accept()
     await starting

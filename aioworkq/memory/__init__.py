@@ -1,0 +1,5 @@
+"""RabbitMQ in memory, with its own time and with faults on request: for tests."""
+
+from aioworkq.memory.broker import MemoryBroker, QueueCounts
+
+__all__ = ["MemoryBroker", "QueueCounts"]
