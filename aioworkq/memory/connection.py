@@ -21,7 +21,14 @@ from aioworkq.changes import Changes
 from aioworkq.errors import ConnectionLostError
 from aioworkq.memory.channels import MemoryGetter, MemoryPublishChannel, MemorySubscription
 from aioworkq.memory.node import Refusal
-from aioworkq.memory.refusals import NOT_FOUND, REFUSALS, if_missing, name_of, topology_error
+from aioworkq.memory.refusals import (
+    NOT_FOUND,
+    REFUSALS,
+    OtherLoopError,
+    if_missing,
+    name_of,
+    topology_error,
+)
 from aioworkq.memory.stored import over_the_wire
 from aioworkq.topology import QueueDeclaration
 
@@ -77,6 +84,7 @@ class MemoryConnection:
         self._is_connected = False
         self._is_closed = False
         self._was_started = False
+        self._refused: OtherLoopError | None = None
         self._connects = 0
         self._last_error = ""
 
@@ -84,14 +92,13 @@ class MemoryConnection:
         return f"<MemoryConnection {self.name!r} to {self.broker!r}>"
 
     async def start(self) -> None:
-        """Begin to connect; does not wait for it.
-
-        Raises:
-            StateError: The broker serves another event loop.
-        """
+        """Begin to connect; does not wait for it."""
         if not self._was_started and not self._is_closed:
-            self.broker.attach(self)
             self._was_started = True
+            try:
+                self.broker.attach(self)
+            except OtherLoopError as exc:
+                self._refused = exc
 
     def connect(self) -> None:
         """Become usable. Called by the broker."""
@@ -140,6 +147,8 @@ class MemoryConnection:
     async def wait_connected(self) -> None:
         """Wait until it is usable; see the protocol."""
         while not self._is_connected:
+            if self._refused is not None:
+                raise OtherLoopError(self._refused.what, reason=self._refused.reason)
             if self._is_closed:
                 raise ConnectionLostError("connecting", reason="this side closed it")
             await self._changes.wait()

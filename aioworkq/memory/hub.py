@@ -8,10 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aioworkq.changes import Changes
-from aioworkq.errors import StateError
 from aioworkq.memory.connection import MemoryConnection, Owner
 from aioworkq.memory.faults import Faults
 from aioworkq.memory.node import Node
+from aioworkq.memory.refusals import OtherLoopError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,7 @@ class Hub:
         """Take a connection, and have it connect.
 
         Raises:
-            StateError: Clients in another event loop are connected.
+            OtherLoopError: Clients in another event loop are connected.
         """
         if not self.serves_this_loop:
             self._move(asyncio.get_running_loop())
@@ -75,10 +75,9 @@ class Hub:
     def _move(self, loop: asyncio.AbstractEventLoop) -> None:
         """Serve another event loop from now on."""
         if self.is_in_use:
-            raise StateError(
-                f"{self!r} cannot be used here",
+            raise OtherLoopError(
+                f"connecting to {self!r}",
                 reason="clients in another event loop are connected to it",
-                advice="Close them first, or make one MemoryBroker for each event loop.",
             )
         stale, self._connections = list(self._connections), {}
         for connection in stale:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aioworkq.errors import TopologyError
+from aioworkq.errors import AccessRefusedError, TopologyError
 from aioworkq.topology import Binding, Declaration, QueueDeclaration
 
 if TYPE_CHECKING:
@@ -22,6 +22,13 @@ _ADVICE: Final = {
     404: "Declare it, or leave declare=True on the Queue.",
     405: "Another connection holds it exclusively: end that one, or use another queue.",
 }
+
+
+class OtherLoopError(AccessRefusedError):
+    """A memory broker serves one event loop at a time, and this is another one."""
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.reason}. Close them first, or make a MemoryBroker for each."
 
 
 def name_of(declaration: Declaration) -> str:
