@@ -21,13 +21,23 @@ from urllib.parse import quote
 from aioworkq._cluster import RabbitMQCluster
 from aioworkq._node import Node
 from aioworkq._node_parts import HOST, NodeError, NotInstalledError
+from aioworkq._testing_kit import Drained, deliver, drain
 from aioworkq.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import TracebackType
 
-__all__ = ["NodeError", "NotInstalledError", "RabbitMQ", "RabbitMQCluster", "TLSFiles"]
+__all__ = [
+    "Drained",
+    "NodeError",
+    "NotInstalledError",
+    "RabbitMQ",
+    "RabbitMQCluster",
+    "TLSFiles",
+    "deliver",
+    "drain",
+]
 
 _BOOTS = 4  # a port that was free when it was chosen may be lost in a race: then again
 

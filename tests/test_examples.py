@@ -103,7 +103,10 @@ Without the authority: the server's certificate was refused: unable to get local
 """,
 }
 
-TOLD_ELSEWHERE = {"_broker.py", "demo.py", "new_task.py", "test_handlers.py", "worker.py"}
+TESTS = {"test_handlers.py": 8, "test_app.py": 1}
+"""Examples that are tests, and how many pass."""
+
+TOLD_ELSEWHERE = {"_broker.py", "demo.py", "new_task.py", "worker.py", *TESTS}
 
 
 def environment(url: str | None) -> dict[str, str]:
@@ -234,12 +237,13 @@ def test_the_fastapi_application_is_served(url: str) -> None:
 
 
 @pytest.mark.rabbitmq
-def test_the_tests_of_an_example_pass(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TESTS)
+def test_the_tests_of_an_example_pass(name: str, tmp_path: Path) -> None:
     """The tests of handlers pass in a project that has no configuration of its own."""
-    shutil.copy(EXAMPLES / "test_handlers.py", tmp_path)
+    shutil.copy(EXAMPLES / name, tmp_path)
     arguments = ("-m", "pytest", "-q", "--rootdir", tmp_path, "-c", os.devnull)
     done = run(*arguments, url=None, cwd=tmp_path)
-    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    assert f"{TESTS[name]} passed" in done.stdout, done.stdout + done.stderr
 
 
 def check_demo(output: str) -> None:

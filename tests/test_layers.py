@@ -43,6 +43,8 @@ LAYERS: dict[str, int] = {
     "dead_letters": 10,
     "script": 11,
     "testing": 11,
+    "_testing_kit": 11,
+    "pytest_plugin": 11,
     "_cluster": 11,
     "_node": 11,
     "_node_parts": 11,

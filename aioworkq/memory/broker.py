@@ -269,7 +269,7 @@ class MemoryBroker(Hub):
         """
         asked: Queue[T] = as_queue(queue)
         if asked.name not in self.published_messages:
-            self._check_elsewhere(asked.name)
+            self.check_elsewhere(asked.name)
         return _decoded(asked, self.published_messages.get(asked.name, ()))
 
     def dead(self, queue: Queue[T] | str) -> list[T]:
@@ -289,8 +289,8 @@ class MemoryBroker(Hub):
         found = self.node.queues.get(as_queue(queue).name)
         return QueueCounts(0, 0) if found is None else QueueCounts(len(found), found.unacked)
 
-    def _check_elsewhere(self, queue: str) -> None:
-        """Find out whether somebody talks to the wrong broker.
+    def check_elsewhere(self, queue: str) -> None:
+        """Find out whether somebody talks to the wrong broker; for `aioworkq.testing.drain` too.
 
         Raises:
             StateError: So it is.

@@ -61,10 +61,17 @@ class Clock:
 
     Args:
         is_virtual: Whether time passes only when `step` is told so.
+        after_firing: Called when timers of a real clock have fired.
     """
 
-    def __init__(self, *, is_virtual: bool) -> None:
+    def __init__(
+        self,
+        *,
+        is_virtual: bool,
+        after_firing: Callable[[], None] = lambda: None,
+    ) -> None:
         self.is_virtual = is_virtual
+        self.after_firing = after_firing
         self._began = time.time()
         self._began_monotonic = time.monotonic()
         self._virtual = 0.0
@@ -164,3 +171,4 @@ class Clock:
         self._handle = None
         self._fire(self.time())
         self._arm()
+        self.after_firing()

@@ -33,6 +33,7 @@ class Hub:
         self.faults = Faults()
         self.changes = Changes()
         """Notified after each turn in which something happened."""
+        clock.after_firing = self._notify
         self.has_alarm = False
         self._is_down = False
         self._connections: dict[MemoryConnection, None] = {}
@@ -115,6 +116,9 @@ class Hub:
         calls, self._calls = self._calls, deque()
         for call in calls:
             call()
+        self._notify()
+
+    def _notify(self) -> None:
         self.changes.notify()
 
     @property
