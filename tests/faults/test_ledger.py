@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from anyio.from_thread import BlockingPortal
 
+pytestmark = pytest.mark.rabbitmq
+
 PRODUCERS = 20
 EACH = 100
 FAULTS = ("cut", "cut", "stall", "half-open", "close all", "one direction")

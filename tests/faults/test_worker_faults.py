@@ -56,6 +56,8 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aioworkq.settle._STOPPING_TIMEOUT", 1.0)
 
 
+pytestmark = pytest.mark.rabbitmq
+
 TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
 BASIC_PUBLISH = b"\x00\x3c\x00\x28"
