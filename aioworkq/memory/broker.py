@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from aioworkq.codec import codec_for
 from aioworkq.errors import StateError
@@ -32,13 +32,6 @@ T = TypeVar("T")
 
 _named: dict[str, MemoryBroker] = {}
 _all: weakref.WeakSet[MemoryBroker] = weakref.WeakSet()
-
-
-class QueueCounts(NamedTuple):
-    """What is in a queue: messages that are ready, and messages that are handed over."""
-
-    ready: int
-    unacked: int
 
 
 class MemoryBroker(Hub):
@@ -283,11 +276,6 @@ class MemoryBroker(Hub):
         asked: Queue[T] = as_queue(queue)
         dead = self.node.queues.get(asked.dead_letter_queue)
         return _decoded(asked, dead.messages() if dead is not None else ())
-
-    def counts(self, queue: Queue[T] | str) -> QueueCounts:
-        """Return how many messages are in a queue; a queue that does not exist has none."""
-        found = self.node.queues.get(as_queue(queue).name)
-        return QueueCounts(0, 0) if found is None else QueueCounts(len(found), found.unacked)
 
     def check_elsewhere(self, queue: str) -> None:
         """Find out whether somebody talks to the wrong broker; for `aioworkq.testing.drain` too.

@@ -1,8 +1,8 @@
 """A connection to a memory broker: the `aioworkq.broker.Connection` beside AMQP's.
 
-What a client asks for and what the broker answers are calls in one queue, which the event loop
-empties between two steps of everything else. So nothing is answered from within a call, order is
-kept, and what is under way when the connection drops is lost, as on a wire.
+What a client asks for and what the broker answers are calls in one queue (``line.py``), which the
+event loop empties between two steps of everything else. So nothing is answered from within a call,
+order is kept, and what is under way when the connection drops is lost, as on a wire.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import anyio
 from anyio.lowlevel import checkpoint
@@ -20,6 +20,7 @@ from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, encode
 from aioworkq.changes import Changes
 from aioworkq.errors import ConnectionLostError
 from aioworkq.memory.channels import MemoryGetter, MemoryPublishChannel, MemorySubscription
+from aioworkq.memory.line import Line
 from aioworkq.memory.node import Refusal
 from aioworkq.memory.refusals import (
     NOT_FOUND,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from aioworkq.broker import Event, Incoming, Subscription
-    from aioworkq.memory.channels import MemoryChannel
+    from aioworkq.memory.channel import MemoryChannel
     from aioworkq.memory.hub import Hub
     from aioworkq.message import Message
     from aioworkq.topology import Declaration
@@ -51,7 +52,7 @@ C = TypeVar("C", bound="MemoryChannel")
 Owner: TypeAlias = Literal["producer", "worker", "dead letters"]
 
 
-class MemoryConnection:
+class MemoryConnection(Line):
     """One client's connection.
 
     Args:
@@ -69,24 +70,16 @@ class MemoryConnection:
         owner: Owner,
         max_message_size: int,
     ) -> None:
-        self.broker = broker
+        super().__init__(broker)
         self.name = name
         self.owner: Owner = owner
-        self.epoch = 0
-        """Changes when the connection drops: what was under way belongs to an earlier one."""
-        self.has_published = False
-        self.held: list[Callable[[], None]] = []
-        """What the broker does not read while an alarm blocks this connection."""
         self._max_message_size = max_message_size
         self._channels: dict[MemoryChannel, None] = {}
-        self._calls: set[asyncio.Future[Any]] = set()
         self._changes = Changes()
-        self._is_connected = False
         self._is_closed = False
         self._was_started = False
         self._refused: OtherLoopError | None = None
         self._connects = 0
-        self._last_error = ""
 
     def __repr__(self) -> str:
         return f"<MemoryConnection {self.name!r} to {self.broker!r}>"
@@ -111,14 +104,7 @@ class MemoryConnection:
         """Lose the connection: everything on it, and everything under way. Called by the broker."""
         if not self._is_connected:
             return
-        self.epoch += 1
-        self._is_connected = False
-        self._last_error = reason
-        self.has_published = False
-        self.held.clear()
-        for call in self._calls:
-            if not call.done():
-                call.set_exception(ConnectionLostError("", reason=reason))
+        self.cut(reason)
         channels, self._channels = list(self._channels), {}
         for channel in channels:
             channel.lose(reason)
@@ -157,11 +143,6 @@ class MemoryConnection:
     def is_connected(self) -> bool:
         """Whether it is usable."""
         return self._is_connected
-
-    @property
-    def is_blocked(self) -> bool:
-        """Whether an alarm keeps the broker from reading what this connection publishes."""
-        return self._is_connected and self.has_published and self.broker.has_alarm
 
     @property
     def reconnects(self) -> int:
@@ -213,75 +194,7 @@ class MemoryConnection:
         )
         return over_the_wire(message)
 
-    # Calls
-
-    def post(self, serve: Callable[[], None]) -> None:
-        """Have the broker do something, after all that was asked before.
-
-        It never happens if the connection drops meanwhile.
-        """
-        self.broker.post(partial(self._serve, self.epoch, serve))
-
-    def _serve(self, epoch: int, serve: Callable[[], None]) -> None:
-        if epoch != self.epoch:
-            return
-        if self.is_blocked or self.held:
-            self.held.append(serve)
-        else:
-            serve()
-
-    def unblock(self) -> None:
-        """Have the broker read what it did not: the alarm is over."""
-        held, self.held = self.held, []
-        for serve in held:
-            self.post(serve)
-
-    def answer(self, tell: Callable[[], None]) -> None:
-        """Tell the client something, unless the connection drops meanwhile."""
-        epoch = self.epoch
-
-        def deliver() -> None:
-            if epoch == self.epoch:
-                tell()
-
-        self.broker.post(deliver)
-
-    async def call(self, what: str, serve: Callable[[], T], *, timeout: float) -> T:
-        """Have the broker do something, and wait for the answer.
-
-        Raises:
-            Refusal: The broker refuses.
-            ConnectionLostError: The connection drops, or no answer comes within ``timeout``.
-        """
-        if not self._is_connected:
-            raise ConnectionLostError(what, reason=self._last_error)
-        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-
-        def do() -> None:
-            if answer.done():
-                return
-            try:
-                result = serve()
-            except Refusal as refusal:
-                answer.set_exception(refusal)
-            else:
-                answer.set_result(result)
-
-        self._calls.add(answer)
-        self.post(do)
-        try:
-            await asyncio.wait({answer}, timeout=timeout)
-            if not answer.done():
-                reason = f"RabbitMQ did not answer within {timeout:g} s"
-                raise ConnectionLostError(what, reason=reason)
-            try:
-                return answer.result()
-            except ConnectionLostError as exc:
-                raise ConnectionLostError(what, reason=exc.reason) from None
-        finally:
-            self._calls.discard(answer)
-            if not answer.cancel() and not answer.cancelled():
-                answer.exception()
+    # Using it
 
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
         """Declare what does not exist yet; see the protocol."""

@@ -55,7 +55,3 @@ class Faults:
                     self._planned.remove(planned)
                 return planned.code
         return 0
-
-    def clear(self) -> None:
-        """Forget all of them."""
-        self._planned.clear()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aioworkq.changes import Changes
 from aioworkq.memory.connection import MemoryConnection, Owner
 from aioworkq.memory.faults import Faults
 from aioworkq.memory.node import Node
 from aioworkq.memory.refusals import OtherLoopError
+from aioworkq.topology import Queue, as_queue
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,13 @@ if TYPE_CHECKING:
     from aioworkq.message import Message
 
 _RECORDED: Final = 10_000
+
+
+class QueueCounts(NamedTuple):
+    """What is in a queue: messages that are ready, and messages that are handed over."""
+
+    ready: int
+    unacked: int
 
 
 class Hub:
@@ -132,3 +140,8 @@ class Hub:
             self.published_messages.setdefault(message.queue, deque(maxlen=_RECORDED)).append(
                 message
             )
+
+    def counts(self, queue: Queue[Any] | str) -> QueueCounts:
+        """Return how many messages are in a queue; a queue that does not exist has none."""
+        found = self.node.queues.get(as_queue(queue).name)
+        return QueueCounts(0, 0) if found is None else QueueCounts(len(found), found.unacked)

@@ -22,24 +22,18 @@ class Exchange:
     """An exchange with its bindings, in the order they were made."""
 
     name: str
-    type: Literal["topic", "fanout", "direct"]
+    type: Literal["topic", "fanout"]
     alternate: str | None = None
     bindings: dict[Bound, None] = field(default_factory=dict[Bound, None])
 
     def matching(self, routing_key: str) -> Iterable[Bound]:
         """Return the bindings that a key matches."""
-        match self.type:
-            case "fanout":
-                return list(self.bindings)
-            case "direct":
-                return [bound for bound in self.bindings if bound.routing_key == routing_key]
-            case "topic":
-                words = routing_key.split(".")
-                return [
-                    bound
-                    for bound in self.bindings
-                    if matches_topic(bound.routing_key.split("."), words)
-                ]
+        if self.type == "fanout":
+            return list(self.bindings)
+        words = routing_key.split(".")
+        return [
+            bound for bound in self.bindings if matches_topic(bound.routing_key.split("."), words)
+        ]
 
 
 def matches_topic(pattern: list[str], words: list[str]) -> bool:

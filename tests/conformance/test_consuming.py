@@ -281,6 +281,7 @@ async def test_a_lost_connection_returns_everything(
         assert await consumer.settled().wait_lost()
         assert not consumer.settled().ack(2)
         assert not consumer.settled().requeue(3, counts=True)
+        await consumer.settled().cancel(timeout=5)
         await connection.wait_connected()
         again = await consume(connection, "q")
         assert [one.redelivered for one in await again.wait(2)] == [True, True]

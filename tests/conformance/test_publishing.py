@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,10 +51,12 @@ async def test_a_missing_exchange_ends_the_channel(subject: Subject) -> None:
     """A publication to an exchange that does not exist closes the channel, and is not answered."""
     async with subject.connect() as connection:
         channel = await publisher(connection)
-        sent = channel.send(Message(b"x", "q", exchange="missing"))
+        await declare(connection, "q")
+        sent = [channel.send(Message(b"x", "q", exchange=name)) for name in ("missing", "")]
         assert "no exchange 'missing'" in await channel.channel.wait_lost()
         assert channel.channel.refusal is Confirm.RETURNED
-        assert channel.channel.take_unconfirmed() == [sent]
+        assert channel.channel.take_unconfirmed() == sent
+        assert await connection.count_messages("q", timeout=TIMEOUT) == 0
         assert connection.is_connected
         await channel.channel.aclose(timeout=5)
 
@@ -318,3 +320,16 @@ async def test_a_closed_connection_is_of_no_use(subject: Subject) -> None:
         with pytest.raises(ConnectionLostError):
             await connection.open_publish_channel(timeout=TIMEOUT)
         assert not connection.is_connected
+
+
+async def test_time_is_told_and_passes(subject: Subject) -> None:
+    """A connection tells the time, waits for time, and stops waiting when an event is set."""
+    async with subject.connect() as connection:
+        began, event = connection.now(), asyncio.Event()
+        await connection.sleep(0.05)
+        await connection.sleep(0.05, until=event)
+        assert connection.now() - began >= timedelta(seconds=0.1)
+        asyncio.get_running_loop().call_later(0.01, event.set)
+        async with asyncio.timeout(TIMEOUT):
+            await connection.sleep(3600, until=event)
+            await connection.sleep(3600, until=event)
