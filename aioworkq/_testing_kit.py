@@ -17,9 +17,11 @@ from aioworkq.memory import MemoryBroker
 from aioworkq.memory.connection import MemoryConnection
 from aioworkq.message import ATTEMPTS, Message
 from aioworkq.outbox import Outbox
+from aioworkq.outcome import Ack
 from aioworkq.runs import Runs
 from aioworkq.settle import Settled, Settler, Unsettled
 from aioworkq.topology import Queue, QueueDeclaration, as_queue
+from aioworkq.trials import Trials
 from aioworkq.worker import Worker
 
 if TYPE_CHECKING:
@@ -60,6 +62,18 @@ class _Recorder(Settler):
         unsettled.is_settled = True
         self.outcome.set_result(outcome)
         return Settled.ACKED
+
+    def ack(self, unsettled: Unsettled) -> Settled:
+        unsettled.is_settled = True
+        self.outcome.set_result(Ack())
+        return Settled.ACKED
+
+
+class _WithoutPauses(Runs):
+    """Gives a failed message back at once."""
+
+    async def _pause(self, seconds: float) -> None:
+        pass
 
 
 async def deliver(
@@ -130,8 +144,13 @@ async def _outcome_of(handler: Handler, message: Message) -> Outcome:
     broker.node.declare(QueueDeclaration(handler.queue.name, {}))
     broker.node.publish(connection.prepare(message))
     recorder = _Recorder(handler.queue, connection)
-    runs = Runs(handler, settler=recorder, stopping=anyio.Event())
-    runs.end_pauses()
+    runs = _WithoutPauses(
+        handler,
+        settler=recorder,
+        stopping=anyio.Event(),
+        trials=Trials(connection, timeout=1),
+        on_change_of_prefetch=_ignore,
+    )
     try:
         async with anyio.create_task_group() as tasks:
             runs.start_in(tasks)
@@ -142,6 +161,7 @@ async def _outcome_of(handler: Handler, message: Message) -> Outcome:
                 timeout=1,
             )
             await recorder.outcome
+            runs.end_pauses()
     finally:
         await connection.aclose(timeout=1)
     return recorder.outcome.result()
@@ -217,6 +237,10 @@ def _counts(worker: Worker) -> Drained:
     consumers = worker.statistics().consumers.values()
     names = [field.name for field in dataclasses.fields(Drained)]
     return Drained(*(sum(getattr(one, name) for one in consumers) for name in names))
+
+
+def _ignore() -> None:
+    """Keep the prefetch."""
 
 
 def _handlers(worker: Worker) -> dict[str, Handler]:

@@ -145,7 +145,7 @@ class Runs:
         self._context = contextvars.Context()
         options = handler.options
         self._pace = Pace(options.concurrency, slow_down=options.slow_down)
-        self._resting: asyncio.TimerHandle | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._running: dict[Run, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unstarted: deque[Run] = deque()
@@ -382,8 +382,12 @@ class Runs:
     def _rest(self) -> None:
         """Start nothing for a moment: nearly everything fails."""
         if not self._may_go_back.is_set():
-            loop = asyncio.get_running_loop()
-            self._resting = loop.call_later(self._pace.rest(), self._end_rest)
+            self._resting = self._start_task(self._rest_for(self._pace.rest()))
+
+    async def _rest_for(self, seconds: float) -> None:
+        await self._settler.connection.sleep(seconds, until=self._may_go_back)
+        self._resting = None
+        self.start_waiting()
 
     def _end_rest(self) -> None:
         if self._resting is not None:
@@ -625,8 +629,6 @@ class Runs:
     def end_pauses(self) -> None:
         """Give back at once what is kept for a pause: nothing is handed over here any more."""
         self._may_go_back.set()
-        if self._resting is not None:
-            self._resting.cancel()
 
     async def give_back_unstarted(self, *, keep: Unsettled | None = None) -> None:
         """Give back what was delivered and never started; that is no attempt. Bounded.

@@ -30,6 +30,8 @@ class Semantics:
         timeout_of_quorum: What ends when a delivery of a quorum queue is not settled within the
             ``consumer_timeout``: the whole channel, or its consumer only.
         timeout_of_classic: The same for a classic queue; None if nothing does.
+        has_last_death: Whether a dead-lettered message tells its last death beside its first one,
+            in ``x-last-death-*``.
         believes_x_death: Whether an ``x-death`` header that a client publishes takes part in the
             search for dead-letter cycles, which drops messages.
     """
@@ -43,6 +45,7 @@ class Semantics:
     priorities: Literal["none", "shares", "strict"]
     timeout_of_quorum: Literal["channel", "consumer"]
     timeout_of_classic: Literal["channel"] | None
+    has_last_death: bool
     believes_x_death: bool
 
 
@@ -57,6 +60,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="none",
         timeout_of_quorum="channel",
         timeout_of_classic="channel",
+        has_last_death=False,
         believes_x_death=True,
     ),
     (4, 0): Semantics(
@@ -69,6 +73,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="shares",
         timeout_of_quorum="channel",
         timeout_of_classic="channel",
+        has_last_death=True,
         believes_x_death=False,
     ),
     (4, 3): Semantics(
@@ -81,6 +86,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="strict",
         timeout_of_quorum="consumer",
         timeout_of_classic=None,
+        has_last_death=True,
         believes_x_death=False,
     ),
 }

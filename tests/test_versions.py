@@ -176,6 +176,8 @@ def test_a_dead_letter_cycle_that_a_client_publishes(
     publish(channel, second)
     _, headers = get_next(channel, end)
     assert headers["x-death"]
+    assert headers["x-first-death-reason"] == "expired"
+    assert ("x-last-death-reason" in headers) is semantics.has_last_death
     # With this history, the way over the second queue looks like the second round of a cycle.
     for body, properties in ((b"again", {"headers": headers}), (b"new", {})):
         publish(channel, first, body, **properties)

@@ -67,6 +67,7 @@ class MemoryBroker(Hub):
         if name is not None and name in _named and _named[name].is_in_use:
             raise ValueError(f"there is a memory broker {name!r} in use: take another name.")
         super().__init__(semantics_of(version), Clock(is_virtual=clock == "virtual"))
+        self._version: Version = version
         self.name = name
         _all.add(self)
         if name is not None:
@@ -92,7 +93,7 @@ class MemoryBroker(Hub):
     @property
     def version(self) -> Version:
         """The version of RabbitMQ whose rules it follows."""
-        return self.semantics.version
+        return self._version
 
     # Time
 

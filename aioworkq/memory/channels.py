@@ -180,6 +180,20 @@ class MemorySubscription(MemoryChannel):
         except ConnectionLostError as exc:
             self.lose(exc.reason)
 
+    async def resume(self, *, prefetch_count: int, timeout: float) -> None:
+        """Ask for deliveries again; see the protocol."""
+        if self._lost.is_set():
+            return
+
+        def serve() -> None:
+            self._prefetch_count = prefetch_count
+            self.consume()
+
+        try:
+            await self._connection.call("consuming again", serve, timeout=timeout)
+        except ConnectionLostError as exc:
+            self.lose(exc.reason)
+
 
 class MemoryGetter(MemoryChannel):
     """The `aioworkq.broker.Getter` of the memory broker."""

@@ -157,7 +157,7 @@ class MemoryConnection(Line):
     @property
     def counts_nacks(self) -> bool:
         """Whether a quorum queue counts a delivery that is nacked."""
-        return self.broker.semantics.counts_nacks
+        return self.broker.semantics.counts_nack
 
     def now(self) -> datetime:
         """Return the broker's time; see the protocol."""
@@ -241,6 +241,15 @@ class MemoryConnection(Line):
             )
         except Refusal as refusal:
             raise topology_error(queue, refusal) from None
+
+    async def delete_queue(self, queue: str, *, timeout: float) -> None:
+        """Delete a queue; see the protocol."""
+
+        def serve() -> None:
+            if queue in self.broker.node.queues:
+                self.broker.node.delete_queue(queue)
+
+        await self.call(f"deleting queue {queue!r}", serve, timeout=timeout)
 
     async def open_getter(self, queue: str, *, timeout: float) -> MemoryGetter:
         """Open a channel to take single messages; see the protocol."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aioworkq.memory.version import Semantics
+    from aioworkq.versions import Semantics
 
 
 class Return(Enum):

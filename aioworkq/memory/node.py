@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aioworkq.memory.clock import Clock
-    from aioworkq.memory.version import Semantics
     from aioworkq.message import Message
+    from aioworkq.versions import Semantics
 
 _FOLLOWED: Final = frozenset(
     {

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from aioworkq.memory.clock import Clock, Timer
     from aioworkq.memory.stored import Death
-    from aioworkq.memory.version import Semantics
     from aioworkq.message import Message
+    from aioworkq.versions import Semantics
 
 _LOW_LIMIT: Final = 0.8
 """A full quorum queue takes messages again when so much of its limit is left (rabbit_fifo.erl)."""
@@ -71,7 +71,7 @@ class MemoryQueue:
         self._dead_letter = dead_letter
         self._ready: Ready = (
             QuorumReady(
-                semantics.quorum_priorities,
+                semantics.priorities,
                 returns_to_end=self.limits.delivery_limit is None,
             )
             if self.limits.is_quorum
@@ -209,7 +209,7 @@ class MemoryQueue:
         for stored in returned:
             self.unacked -= 1
             stored.acquired_count += 1
-            if cause is not Return.NACK or self._semantics.counts_nacks:
+            if cause is not Return.NACK or self._semantics.counts_nack:
                 stored.delivery_count += 1
             limit = self.limits.delivery_limit
             if self.limits.is_quorum and limit is not None and stored.delivery_count > limit:

@@ -96,7 +96,7 @@ class QuorumReady:
     """A quorum queue: what came back goes first, in the order it came back; then the others.
 
     Args:
-        priorities: How the version treats priorities; see `Semantics.quorum_priorities`.
+        priorities: How the version treats priorities; see `aioworkq.versions.Semantics.priorities`.
         returns_to_end: Whether what comes back goes behind all others: without a delivery limit it
             does, so that the log of the queue can be cut.
     """
@@ -119,7 +119,7 @@ class QuorumReady:
     def _level(self, stored: Stored) -> deque[Stored]:
         priority = stored.message.priority
         match self._priorities:
-            case "two":
+            case "shares":
                 level = int(priority is not None and priority >= _HIGH)
             case "strict":
                 level = _NORMAL if priority is None else min(priority, _STRICT_LEVELS - 1)
@@ -141,7 +141,7 @@ class QuorumReady:
     def take(self) -> Stored:
         """Take the next message away; see the protocol."""
         messages = self._next()
-        if self._priorities == "two" and messages is not self._returned:
+        if self._priorities == "shares" and messages is not self._returned:
             self._turns = self._turns + 1 if messages is self._levels.get(1) else 0
         return messages.popleft()
 
@@ -150,7 +150,7 @@ class QuorumReady:
             return self._returned
         levels = sorted((level for level, found in self._levels.items() if found), reverse=True)
         both = len(levels) > 1
-        if self._priorities == "two" and both and self._turns >= _TURNS_OF_HIGH:
+        if self._priorities == "shares" and both and self._turns >= _TURNS_OF_HIGH:
             return self._levels[levels[-1]]
         return self._levels[levels[0]]
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 from aioworkq.amqp.wire import expiration_ms
 
 if TYPE_CHECKING:
-    from aioworkq.memory.version import Semantics
     from aioworkq.message import Message
+    from aioworkq.versions import Semantics
 
 Death: TypeAlias = dict[str, Any]
 Reason: TypeAlias = Literal["rejected", "expired", "maxlen", "delivery_limit"]
@@ -84,9 +84,9 @@ def delivered(stored: Stored, *, queue: str, semantics: Semantics, is_quorum: bo
         headers |= _death_headers(stored.deaths, semantics)
     if is_quorum:
         # 4.3 calls failures x-delivery-count; before, every return is one.
-        if stored.delivery_count or semantics.tells_zero:
+        if stored.delivery_count or semantics.has_zero_count:
             headers["x-delivery-count"] = stored.delivery_count
-        if stored.acquired_count and semantics.tells_acquired:
+        if stored.acquired_count and semantics.has_acquired_count:
             headers["x-acquired-count"] = stored.acquired_count
     return dataclasses.replace(message, queue=queue, headers=headers)
 
@@ -94,7 +94,7 @@ def delivered(stored: Stored, *, queue: str, semantics: Semantics, is_quorum: bo
 def _death_headers(deaths: list[Death], semantics: Semantics) -> dict[str, Any]:
     headers: dict[str, Any] = {"x-death": _field(deaths)}
     ends = {"first": deaths[-1]}
-    if semantics.tells_last_death:
+    if semantics.has_last_death:
         ends["last"] = deaths[0]
     for which, death in ends.items():
         for key in ("exchange", "queue", "reason"):
@@ -105,7 +105,7 @@ def _death_headers(deaths: list[Death], semantics: Semantics) -> dict[str, Any]:
 def deaths_of(message: Message, semantics: Semantics) -> list[Death]:
     """Return what a client's message claims of its deaths, as far as the version believes it."""
     claimed = message.headers.get("x-death")
-    if not semantics.trusts_deaths or not isinstance(claimed, list):
+    if not semantics.believes_x_death or not isinstance(claimed, list):
         return []
     deaths: list[Any] = claimed
     return [death for death in deaths if isinstance(death, dict)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +14,9 @@ from aioworkq.memory.clock import Clock
 from aioworkq.memory.node import Node
 from aioworkq.memory.version import SEMANTICS
 from aioworkq.topology import QueueDeclaration
+
+if TYPE_CHECKING:
+    from aioworkq.memory.version import Version
 
 NAMES = st.sampled_from(["q", "eu.orders", "orders", "with #.*", "x" * 250])
 
@@ -24,7 +29,7 @@ NAMES = st.sampled_from(["q", "eu.orders", "orders", "with #.*", "x" * 250])
 @example(delay=MAX_DELAY, name="q", version="3.10")
 @example(delay=0.125, name="eu.orders", version="4.3")
 @settings(max_examples=50, deadline=None)
-def test_the_queues_passed_add_up_to_the_delay(delay: float, name: str, version: str) -> None:
+def test_the_queues_passed_add_up_to_the_delay(delay: float, name: str, version: Version) -> None:
     """A message waits in the queues of its bits, each once, as long as they say, and arrives."""
     clock = Clock(is_virtual=True)
     node = Node(SEMANTICS[version], clock)
