@@ -166,6 +166,8 @@ class MemoryBroker(Hub):
         """
         if owner not in {None, "producer", "worker", "dead letters"}:
             raise ValueError(f"owner is {owner!r}: it is 'producer', 'worker' or 'dead letters'.")
+        if not self.is_in_use:
+            self._forsake_connections()
         for connection in list(self._connections):
             if owner in {None, connection.owner}:
                 connection.drop(reason)

@@ -88,15 +88,19 @@ class Hub:
                 f"connecting to {self!r}",
                 reason="clients in another event loop are connected to it",
             )
-        stale, self._connections = list(self._connections), {}
-        for connection in stale:
-            connection.forsake()
-        self._calls.clear()
+        self._forsake_connections()
         self._turn = asyncio.Lock()
         self.changes = Changes()
         self._loop = loop
         self.clock.forget_pauses()
         self.clock.bind(loop)
+
+    def _forsake_connections(self) -> None:
+        """Forget clients that nobody closed and whose event loop has ended."""
+        stale, self._connections = list(self._connections), {}
+        for connection in stale:
+            connection.forsake()
+        self._calls.clear()
 
     def detach(self, connection: MemoryConnection) -> None:
         """Forget a closed connection; without any, the event loop may be another one."""
@@ -114,8 +118,8 @@ class Hub:
 
     def post(self, call: Callable[[], None]) -> None:
         """Have something done between this step of the event loop and the next one, in order."""
-        if self._loop is None:  # pragma: no cover - connections come first
-            return
+        if self._loop is None or self._loop.is_closed():
+            return  # nobody is there to hear of it
         if not self._calls:
             self._loop.call_soon(self._serve)
         self._calls.append(call)

@@ -150,12 +150,15 @@ class Ledger(RuleBasedStateMachine):
     @precondition(lambda self: self.workers and not self.has_fault)
     @rule(grace=st.sampled_from([0.0, 3600.0]))
     def stop_worker(self, grace: float) -> None:
+        was_released = self.is_released
         if grace:
+            self.is_released = True  # what the grace period is for must be able to end
             self.release()
         worker, running = self.workers.pop(0)
         worker.stop(grace=grace)
         self.go(self.wait_for({running}))
         running.result()
+        self.is_released = was_released
 
     async def wait_for(self, tasks: set[asyncio.Task[Any]]) -> None:
         """Wait for tasks, and let the pauses that they are in pass."""

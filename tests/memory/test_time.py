@@ -233,6 +233,25 @@ def test_messages_outlive_an_event_loop(broker: MemoryBroker) -> None:
     assert not producer.statistics().is_connected
 
 
+def test_faults_may_come_after_an_event_loop(broker: MemoryBroker) -> None:
+    """Connections that an event loop left open can be dropped, and their queue be deleted."""
+    queue = Queue("q", int)
+
+    async def leave_open() -> Producer:
+        producer = Producer(broker)
+        await producer.start()
+        await producer.publish(queue, 1)
+        return producer
+
+    first = asyncio.run(leave_open())
+    broker.drop_connections()
+    second = asyncio.run(leave_open())
+    broker.delete_queue(queue)
+    assert first is not second
+    assert not broker.is_in_use
+    assert broker.counts(queue) == (0, 0)
+
+
 def test_two_event_loops_at_a_time_are_refused(broker: MemoryBroker) -> None:
     """A client in a second event loop is told so, while the first one's are connected."""
 
