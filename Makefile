@@ -1,8 +1,9 @@
 # make demo   see it work            make lint    formatters, linters, type checkers
 # make test   lint, tests, coverage  make bench   measure it
 # make clean  remove what the others made
-# make test-all  the same, and the tests with RabbitMQ 4.0 and 4.3 too (Debian, by root)
-# make test-long what breaks clusters, delays and copies, in full numbers, with each version
+# make test-all   the same, then the tests with RabbitMQ 4.0 and 4.3 (Debian, by root), and without
+#                 the fast paths
+# make test-long  what breaks clusters, delays and copies, in full numbers, with each version
 #
 # Nothing is needed before but Python 3.11 or later, and pip: all Python packages go into .venv.
 # RabbitMQ is installed when it is missing (Debian and its kin, by root or with sudo) and is not
@@ -19,15 +20,18 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed $(if $(AMQP_URL),,rabbitmq)
 	$(BIN)/python examples/demo.py
 
-test: lint rabbitmq
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal \
-		--cov --cov-report=term-missing:skip-covered
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# What needs no broker behaves alike with all of them, and so do the examples.
+test: lint rabbitmq
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
+
+# The whole suite as on an aiormq that lacks what the fast paths use, and what needs a broker with
+# the other versions of it. What needs no broker behaves alike with all of them, and so do the
+# examples.
 test-all: rabbitmq-4.0 rabbitmq-4.3 test
+	$(PYTEST) --documented-calls -m rabbitmq
 	for version in 4.0 4.3; do \
-		$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'rabbitmq and not one_version' \
-			--rabbitmq $$version || exit 1; \
+		$(PYTEST) -m 'rabbitmq and not one_version' --rabbitmq $$version || exit 1; \
 	done
 
 # What `make test` does a few times is done a hundred times, or with a hundred thousand messages.
@@ -44,11 +48,17 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/installed rabbitmq
+bench: $(VENV)/installed rabbitmq .venv-bench/installed
 	$(BIN)/python -m tests.benchmarks
 
+# Other work queues, to be compared with, in an environment of their own.
+.venv-bench/installed: tests/benchmarks/peers.txt $(VENV)/installed
+	$(PYTHON) -m venv --clear --without-pip .venv-bench
+	$(BIN)/python -m pip --quiet --python .venv-bench/bin/python install --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv-bootstrap .coverage .coverage.* dist .hypothesis
+	rm -rf $(VENV) .venv-bench .venv-bootstrap .coverage .coverage.* dist .hypothesis
 	rm -rf .mypy_cache .pytest_cache .ruff_cache
 	find aioworkq examples tests -name __pycache__ -type d -exec rm -rf {} +
 

@@ -353,9 +353,11 @@ class Runs:
         self._start_task(self._process(run))
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        # Not the context of whoever frees a slot: what one handler sets is not for the next.
-        task = asyncio.get_running_loop().create_task(
+        # Not by the loop's task factory, which may be eager: this is called between two steps of
+        # the loop. Not in the context of who frees a slot: what a handler sets is not for the next.
+        task = asyncio.Task(
             work,
+            loop=asyncio.get_running_loop(),
             name=self._task_name,
             context=self._context.copy(),
         )

@@ -3,7 +3,8 @@
 Every contestant publishes or handles the same messages (256 bytes, persistent, confirmed, durable
 classic queue, prefetch 100) on one private RabbitMQ, in a process of its own, interleaved in
 rounds, so that a slow moment of the machine hits all alike. The table shows medians, and ratios
-within a round. CPU per message is the client's alone, and steadier than a rate.
+within a round. CPU per message is the client's alone, and steadier than a rate. Other work queues
+are measured when ``.venv-bench`` is there.
 """
 
 from __future__ import annotations
@@ -23,13 +24,29 @@ from typing import Final
 from aioworkq import Producer
 from aioworkq.testing import RabbitMQ
 from tests.benchmarks.contestants import BODY, bench_queue
+from tests.benchmarks.plot import bars
 
-PAGE: Final = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+ROOT: Final = Path(__file__).parents[2]
+PAGE: Final = ROOT / "docs" / "benchmarks.md"
+PLOT: Final = ROOT / "docs" / "benchmarks.svg"
+PEERS_PYTHON: Final = ROOT / ".venv-bench" / "bin" / "python"
+PEERS_PINS: Final = Path(__file__).with_name("peers.txt")
+
+PEERS: Final = {
+    "aioworkq": ("ours_publish_100", "ours_consume"),
+    "aio-pika": ("idiom_publish_100", "idiom_consume"),
+    "FastStream": ("faststream_publish", "faststream_consume"),
+    "taskiq-aio-pika": ("taskiq_publish", "taskiq_consume"),
+    "Dramatiq": ("dramatiq_publish", "dramatiq_consume"),
+    "Celery": ("celery_publish", "celery_consume"),
+}
+PEER_MESSAGES: Final = 5_000
 
 PAIRS: Final = (
     ("publish, one at a time", "ours_publish_1", "idiom_publish_1", 3_000),
     ("publish, 100 in flight", "ours_publish_100", "idiom_publish_100", 20_000),
-    ("publish_many / 100 in flight", "ours_publish_many", "idiom_publish_100", 20_000),
+    ("publish, 1,000 tasks", "ours_publish_1000", "idiom_publish_1000", 20_000),
+    ("publish_many / 1,000 tasks", "ours_publish_many", "idiom_publish_1000", 20_000),
     ("no-op worker, prefetch 100", "ours_consume", "idiom_consume", 20_000),
 )
 
@@ -48,10 +65,11 @@ class Series:
 
 async def contestant(name: str, url: str, queue: str, count: int) -> list[dict[str, float]]:
     """Run one contestant in a process of its own; return the lines it printed."""
+    is_local = name.startswith(("ours", "idiom"))
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        sys.executable if is_local else str(PEERS_PYTHON),
         "-m",
-        "tests.benchmarks.contestants",
+        "tests.benchmarks.contestants" if is_local else "tests.benchmarks.peers",
         name,
         url,
         queue,
@@ -83,6 +101,50 @@ async def pair(url: str, rounds: int, row: tuple[str, str, str, int]) -> tuple[S
     return series[ours], series[idiom]
 
 
+async def beside_peers(url: str, rounds: int) -> list[str]:
+    """Measure the other work queues too; return the lines of their part of the page."""
+    taken = {name: (Series(), Series()) for name in PEERS}
+    for number in range(rounds):
+        for name, contestants in PEERS.items():
+            for contestant_name, series in zip(contestants, taken[name], strict=True):
+                queue = f"peers-{contestant_name}-{number}"
+                if contestant_name in {"ours_consume", "idiom_consume"}:
+                    await fill(url, queue, PEER_MESSAGES)
+                elif contestant_name == "idiom_publish_100":
+                    await fill(url, queue, 1)
+                series.add((await contestant(contestant_name, url, queue, PEER_MESSAGES))[-1])
+    costs = {
+        name: (statistics.median(publish.cpus), statistics.median(consume.cpus))
+        for name, (publish, consume) in taken.items()
+    }
+    PLOT.write_text(bars("CPU µs per message: publish, handle", costs))
+    ours = costs["aioworkq"]
+    rows = [
+        f"| {name} | {publish:.0f} | {publish / ours[0]:.1f} | {consume:.0f} | "
+        f"{consume / ours[1]:.1f} |"
+        for name, (publish, consume) in costs.items()
+    ]
+    pins = PEERS_PINS.read_text().splitlines()[1:]
+    return [
+        "",
+        "## Beside other work queues",
+        "",
+        f"The same body, {PEER_MESSAGES:,} times, by each one's own documentation: persistent,",
+        "confirmed, acked after the handler. Those with asyncio publish in 100 tasks and prefetch",
+        "100; Dramatiq and Celery publish one after the other, and handle in 8 threads and in the",
+        "worker's own. They do not all do the same: see the comparison for what each promises.",
+        f"Medians of {rounds} rounds.",
+        "",
+        "| | publish, CPU µs | times ours | handle, CPU µs | times ours |",
+        "| --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        "![CPU per message](benchmarks.svg)",
+        "",
+        f"Versions: {', '.join(pins)}.",
+    ]
+
+
 def table_row(title: str, ours: Series, idiom: Series) -> str:
     rate = statistics.median(a / b for a, b in zip(ours.rates, idiom.rates, strict=True))
     cpu = statistics.median(a / b for a, b in zip(ours.cpus, idiom.cpus, strict=True))
@@ -105,6 +167,7 @@ async def run(rounds: int, messages: int) -> str:
             ours, idiom = await pair(node.url, rounds, row)
             rows.append(table_row(row[0], ours, idiom))
             print(rows[-1], flush=True)
+        peers = await beside_peers(node.url, rounds) if PEERS_PYTHON.exists() else []
         memory = await contestant("ours_memory", node.url, "bench-memory", messages)
     notes = [f"| {line['at']} | {line['resident_mb']:.0f} |" for line in memory if "at" in line]
     print("\n".join(notes), flush=True)
@@ -125,6 +188,7 @@ async def run(rounds: int, messages: int) -> str:
             "| | msg/s ours | msg/s idiom | ratio | CPU µs ours | CPU µs idiom | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
+            *peers,
             "",
             f"## Memory of one process that publishes and handles {messages:,} messages",
             "",

@@ -7,37 +7,23 @@ seconds, and seconds of CPU, from the first message to the last, without start-u
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import resource
 import sys
-import time
 from collections.abc import Callable, Coroutine
 from typing import Final
 
 import aio_pika
 
 from aioworkq import Producer, Queue, Worker
+from tests.benchmarks.clock import Measurement
 
 BODY: Final = b"x" * 256
 PREFETCH: Final = 100
-IN_FLIGHT: Final = 100
 
-Contestant = Callable[[str, str, int], Coroutine[None, None, "Measurement"]]
-
-
-class Measurement:
-    """Wall and CPU seconds between two points."""
-
-    def __init__(self) -> None:
-        self._wall = time.perf_counter()
-        self._cpu = time.process_time()
-        self.wall = self.cpu = 0.0
-
-    def stop(self) -> Measurement:
-        self.wall = time.perf_counter() - self._wall
-        self.cpu = time.process_time() - self._cpu
-        return self
+Contestant = Callable[[str, str, int], Coroutine[None, None, Measurement]]
 
 
 def bench_queue(name: str) -> Queue[bytes]:
@@ -53,17 +39,17 @@ async def ours_publish_1(url: str, queue: str, count: int) -> Measurement:
         return clock.stop()
 
 
-async def ours_publish_100(url: str, queue: str, count: int) -> Measurement:
+async def ours_publish(url: str, queue: str, count: int, *, tasks: int) -> Measurement:
     async with Producer(url) as producer:
         target = bench_queue(queue)
         await producer.publish(target, BODY)
 
         async def publisher() -> None:
-            for _ in range(count // IN_FLIGHT):
+            for _ in range(count // tasks):
                 await producer.publish(target, BODY)
 
         clock = Measurement()
-        await asyncio.gather(*(publisher() for _ in range(IN_FLIGHT)))
+        await asyncio.gather(*(publisher() for _ in range(tasks)))
         return clock.stop()
 
 
@@ -119,18 +105,18 @@ async def idiom_publish_1(url: str, queue: str, count: int) -> Measurement:
         return clock.stop()
 
 
-async def idiom_publish_100(url: str, queue: str, count: int) -> Measurement:
+async def idiom_publish(url: str, queue: str, count: int, *, tasks: int) -> Measurement:
     connection, channel = await idiom_channel(url)
     async with connection:
         exchange = channel.default_exchange
         await exchange.publish(idiom_message(), routing_key=queue)
 
         async def publisher() -> None:
-            for _ in range(count // IN_FLIGHT):
+            for _ in range(count // tasks):
                 await exchange.publish(idiom_message(), routing_key=queue)
 
         clock = Measurement()
-        await asyncio.gather(*(publisher() for _ in range(IN_FLIGHT)))
+        await asyncio.gather(*(publisher() for _ in range(tasks)))
         return clock.stop()
 
 
@@ -194,12 +180,14 @@ def resident_mb() -> float:
 
 CONTESTANTS: Final[dict[str, Contestant]] = {
     "ours_publish_1": ours_publish_1,
-    "ours_publish_100": ours_publish_100,
+    "ours_publish_100": functools.partial(ours_publish, tasks=100),
+    "ours_publish_1000": functools.partial(ours_publish, tasks=1000),
     "ours_publish_many": ours_publish_many,
     "ours_consume": ours_consume,
     "ours_memory": ours_memory,
     "idiom_publish_1": idiom_publish_1,
-    "idiom_publish_100": idiom_publish_100,
+    "idiom_publish_100": functools.partial(idiom_publish, tasks=100),
+    "idiom_publish_1000": functools.partial(idiom_publish, tasks=1000),
     "idiom_consume": idiom_consume,
 }
 
