@@ -101,8 +101,8 @@ async def pair(url: str, rounds: int, row: tuple[str, str, str, int]) -> tuple[S
     return series[ours], series[idiom]
 
 
-async def beside_peers(url: str, rounds: int) -> list[str]:
-    """Measure the other work queues too; return the lines of their part of the page."""
+async def beside_peers(url: str, rounds: int) -> tuple[list[str], str]:
+    """Measure the other work queues too; return their part of the page, and the plot."""
     taken = {name: (Series(), Series()) for name in PEERS}
     for number in range(rounds):
         for name, contestants in PEERS.items():
@@ -117,7 +117,6 @@ async def beside_peers(url: str, rounds: int) -> list[str]:
         name: (statistics.median(publish.cpus), statistics.median(consume.cpus))
         for name, (publish, consume) in taken.items()
     }
-    PLOT.write_text(bars("CPU µs per message: publish, handle", costs))
     ours = costs["aioworkq"]
     rows = [
         f"| {name} | {publish:.0f} | {publish / ours[0]:.1f} | {consume:.0f} | "
@@ -125,7 +124,7 @@ async def beside_peers(url: str, rounds: int) -> list[str]:
         for name, (publish, consume) in costs.items()
     ]
     pins = PEERS_PINS.read_text().splitlines()[1:]
-    return [
+    part = [
         "",
         "## Beside other work queues",
         "",
@@ -143,6 +142,7 @@ async def beside_peers(url: str, rounds: int) -> list[str]:
         "",
         f"Versions: {', '.join(pins)}.",
     ]
+    return part, bars("CPU µs per message: publish, handle", costs)
 
 
 def table_row(title: str, ours: Series, idiom: Series) -> str:
@@ -160,19 +160,24 @@ def table_row(title: str, ours: Series, idiom: Series) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-async def run(rounds: int, messages: int) -> str:
+async def run(rounds: int, messages: int) -> tuple[str, str]:
+    """Measure everything; return the page, and the plot if there is one."""
     rows: list[str] = []
+    peers: list[str] = []
+    plot = ""
     async with RabbitMQ() as node:
         for row in PAIRS:
             ours, idiom = await pair(node.url, rounds, row)
             rows.append(table_row(row[0], ours, idiom))
             print(rows[-1], flush=True)
-        peers = await beside_peers(node.url, rounds) if PEERS_PYTHON.exists() else []
+        if PEERS_PYTHON.exists():
+            peers, plot = await beside_peers(node.url, rounds)
+            print("\n".join(peers), flush=True)
         memory = await contestant("ours_memory", node.url, "bench-memory", messages)
     notes = [f"| {line['at']} | {line['resident_mb']:.0f} |" for line in memory if "at" in line]
     print("\n".join(notes), flush=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("aio-pika", "aiormq", "anyio"))
-    return "\n".join(
+    page = "\n".join(
         (
             "# Benchmarks",
             "",
@@ -205,6 +210,7 @@ async def run(rounds: int, messages: int) -> str:
             "",
         ),
     )
+    return page, plot
 
 
 def main() -> None:
@@ -214,9 +220,11 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=1_000_000, help="of the memory run")
     parser.add_argument("--no-page", action="store_true", help="print only")
     options = parser.parse_args()
-    page = asyncio.run(run(options.rounds, options.messages))
+    page, plot = asyncio.run(run(options.rounds, options.messages))
     if not options.no_page:
         PAGE.write_text(page)
+        if plot:
+            PLOT.write_text(plot)
         print(f"written to {PAGE}")
 
 

@@ -209,6 +209,7 @@ def _celery(url: str, queue: str, function: Callable[[str], None]) -> tuple[Any,
         task_ignore_result=True,
         task_acks_late=True,
         worker_prefetch_multiplier=PREFETCH,
+        worker_redirect_stdouts=False,
     )
     return app, app.task(name="job")(function)
 
