@@ -347,6 +347,14 @@ class Producer:
             ConnectionLostError: No usable connection in time.
             TopologyError: The broker refuses.
         """
+        # Without waiting, so that messages of one step of the event loop go out in one write.
+        if (
+            message is not None
+            and delay
+            and not self._must_declare(queue)
+            and self._delays.send_off_nowait(message, delay)
+        ):
+            return
         reason = ""
         loop = asyncio.get_running_loop()
         try:

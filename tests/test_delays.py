@@ -14,6 +14,7 @@ import pytest
 from aioworkq import Producer, Queue, TopologyError
 from aioworkq.amqp.declare import look_for
 from aioworkq.delay import DELIVERY_EXCHANGE, UNROUTABLE
+from aioworkq.message import Message
 from tests.consuming import Broker, eventually
 from tests.publishing import no_complaints
 
@@ -56,6 +57,23 @@ async def test_a_delayed_message_never_comes_early(
     await eventually(all_arrived)
     for delay, after in arrived.items():
         assert after >= delay
+
+
+async def test_delayed_messages_wait_for_nothing_that_is_there(
+    producer: Producer, queue_name: str
+) -> None:
+    """What was declared a moment ago makes no message wait: many then go out in one write."""
+    queue = Queue(queue_name, bytes)
+    await producer.publish(queue, b"x", delay=1)
+    message = Message(b"x", queue_name)
+    deadline = asyncio.get_running_loop().time() + 20
+    way = producer.make_way(queue, deadline, message=message, delay=1)
+    with pytest.raises(StopIteration):
+        way.send(None)
+    assert message.exchange == "aioworkq.v1.delay.03"
+    longer = Message(b"x", queue_name)
+    await producer.make_way(queue, deadline, message=longer, delay=2)
+    assert longer.exchange == "aioworkq.v1.delay.04"
 
 
 async def test_a_delayed_message_keeps_all_that_it_is(
