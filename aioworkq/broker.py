@@ -207,6 +207,14 @@ class Connection(Protocol):
         """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
         ...
 
+    @property
+    def keeps_refusing(self) -> bool:
+        """Whether a queue that refuses all on a channel may take it on another one.
+
+        (RabbitMQ before 4.0, in a cluster, after a quorum queue had no leader.)
+        """
+        ...
+
     def now(self) -> datetime:
         """Return the time, aware: what messages are stamped with, and delays count from."""
         ...

@@ -289,7 +289,11 @@ class Outbox:
             Whether the message shall be sent again on the next one.
         """
         message = publication.message
-        if publication.is_suspect or (message.exchange or message.queue) in self._taking:
+        if (
+            publication.is_suspect
+            or (message.exchange or message.queue) in self._taking
+            or not self._connection.keeps_refusing
+        ):
             return False
         loop = asyncio.get_running_loop()
         if self._retirement is None and not self._is_retiring:

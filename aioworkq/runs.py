@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 from anyio.lowlevel import checkpoint
 
-from aioworkq.errors import DecodeError, Signal, WorkQueueError
+from aioworkq.errors import DecodeError, Signal, TopologyError, WorkQueueError
 from aioworkq.handler import ThreadCall
 from aioworkq.message import (
     TRIAL,
@@ -485,6 +485,12 @@ class Runs:
                 run.used += 1
                 return DeadLetter("crashed")
             await self._trials.mark(message)
+        except TopologyError as exc:  # never: what RabbitMQ charges is all there is to go by
+            _log.warning("The trial of %r cannot be marked: %s", run.delivery, exc)
+            if run.delivery.redelivered:
+                run.used += 1
+                return DeadLetter("crashed")
+            return None
         except WorkQueueError as exc:
             _log.warning("%r is not started, its trial cannot be marked: %s", run.delivery, exc)
             return Requeue(counts=False, pause=_NO_COPY_PAUSE)

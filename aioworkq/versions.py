@@ -30,6 +30,9 @@ class Semantics:
         timeout_of_quorum: What ends when a delivery of a quorum queue is not settled within the
             ``consumer_timeout``: the whole channel, or its consumer only.
         timeout_of_classic: The same for a classic queue; None if nothing does.
+        keeps_refusing: Whether a quorum queue of a cluster that had no leader when a channel first
+            published to it may refuse everything on that channel for good. The test that kills
+            leaders of a cluster shows it.
         has_last_death: Whether a dead-lettered message tells its last death beside its first one,
             in ``x-last-death-*``.
         believes_x_death: Whether an ``x-death`` header that a client publishes takes part in the
@@ -45,6 +48,7 @@ class Semantics:
     priorities: Literal["none", "shares", "strict"]
     timeout_of_quorum: Literal["channel", "consumer"]
     timeout_of_classic: Literal["channel"] | None
+    keeps_refusing: bool
     has_last_death: bool
     believes_x_death: bool
 
@@ -60,6 +64,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="none",
         timeout_of_quorum="channel",
         timeout_of_classic="channel",
+        keeps_refusing=True,
         has_last_death=False,
         believes_x_death=True,
     ),
@@ -73,6 +78,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="shares",
         timeout_of_quorum="channel",
         timeout_of_classic="channel",
+        keeps_refusing=False,
         has_last_death=True,
         believes_x_death=False,
     ),
@@ -86,6 +92,7 @@ TABLE: Final[dict[tuple[int, int], Semantics]] = {
         priorities="strict",
         timeout_of_quorum="consumer",
         timeout_of_classic=None,
+        keeps_refusing=False,
         has_last_death=True,
         believes_x_death=False,
     ),

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from aioworkq.broker import Event, Incoming, Subscription
     from aioworkq.message import Message
     from aioworkq.topology import Declaration
+    from aioworkq.versions import Semantics
 
 _log = logging.getLogger("aioworkq")
 
@@ -288,8 +289,17 @@ class AmqpConnection:
     @property
     def counts_nacks(self) -> bool:
         """Whether a quorum queue counts a delivery that is nacked (RabbitMQ before 4.3)."""
+        return self._semantics.counts_nack
+
+    @property
+    def keeps_refusing(self) -> bool:
+        """Whether a queue that refuses all on a channel may take it on another one."""
+        return self._semantics.keeps_refusing
+
+    @property
+    def _semantics(self) -> Semantics:
         properties = getattr(self._current, "server_properties", {})
-        return semantics_of(str(properties.get("version", ""))).counts_nack
+        return semantics_of(str(properties.get("version", "")))
 
     def now(self) -> datetime:
         """Return the time, aware."""

@@ -159,6 +159,11 @@ class MemoryConnection(Line):
         """Whether a quorum queue counts a delivery that is nacked."""
         return self.broker.semantics.counts_nack
 
+    @property
+    def keeps_refusing(self) -> bool:
+        """Whether a queue that refuses all on a channel may take it on another one: never here."""
+        return False
+
     def now(self) -> datetime:
         """Return the broker's time; see the protocol."""
         return self.broker.clock.now()

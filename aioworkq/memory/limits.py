@@ -27,6 +27,7 @@ class Limits:
 
     is_quorum: bool
     ttl: float | None
+    expires: float | None
     dead_letter_exchange: str | None
     dead_letter_routing_key: str | None
     at_least_once: bool
@@ -38,7 +39,7 @@ class Limits:
 
 def limits_of(arguments: Mapping[str, Any], semantics: Semantics) -> Limits:
     """Read the arguments of a declaration."""
-    ttl_ms = arguments.get("x-message-ttl")
+    ttl_ms, expires_ms = arguments.get("x-message-ttl"), arguments.get("x-expires")
     exchange = arguments.get("x-dead-letter-exchange")
     rejects = arguments.get("x-overflow") == "reject-publish"
     strategy = arguments.get("x-dead-letter-strategy", "at-most-once")
@@ -46,6 +47,7 @@ def limits_of(arguments: Mapping[str, Any], semantics: Semantics) -> Limits:
     return Limits(
         is_quorum=is_quorum,
         ttl=None if ttl_ms is None else ttl_ms / 1000,
+        expires=None if expires_ms is None else expires_ms / 1000,
         dead_letter_exchange=exchange,
         dead_letter_routing_key=arguments.get("x-dead-letter-routing-key"),
         # Without the other two, RabbitMQ falls back to at-most-once and logs it.

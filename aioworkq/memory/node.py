@@ -6,6 +6,7 @@ Synchronous and without connections; what RabbitMQ answers with a closed channel
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from aioworkq.broker import Confirm
@@ -25,6 +26,7 @@ _FOLLOWED: Final = frozenset(
     {
         "x-queue-type",
         "x-message-ttl",
+        "x-expires",
         "x-dead-letter-exchange",
         "x-dead-letter-routing-key",
         "x-dead-letter-strategy",
@@ -126,6 +128,7 @@ class Node:
                 semantics=self._semantics,
                 clock=self._clock,
                 dead_letter=self._dead_letter,
+                on_unused=partial(self.delete_queue, name),
             )
             return
         for field in sorted(_FOLLOWED):
@@ -134,6 +137,7 @@ class Node:
                 ours, theirs = ours or "classic", theirs or "classic"
             if ours != theirs:
                 raise _inequivalent("queue", name, field, ours, theirs)
+        known.renew()
 
     def look_for(self, name: str) -> MemoryQueue:
         """Return a queue.

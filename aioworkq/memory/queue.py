@@ -52,6 +52,7 @@ class MemoryQueue:
         semantics: The version's rules.
         clock: Where expiry is timed.
         dead_letter: Takes a message that died, and says whether all is done about it.
+        on_unused: Called when nobody has used it for as long as ``x-expires`` says.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class MemoryQueue:
         semantics: Semantics,
         clock: Clock,
         dead_letter: Callable[[MemoryQueue, Stored, Reason], bool],
+        on_unused: Callable[[], None],
     ) -> None:
         self.name = name
         self.arguments = dict(arguments)
@@ -69,6 +71,7 @@ class MemoryQueue:
         self._semantics = semantics
         self._clock = clock
         self._dead_letter = dead_letter
+        self._on_unused = on_unused
         self._ready: Ready = (
             QuorumReady(
                 semantics.priorities,
@@ -83,8 +86,10 @@ class MemoryQueue:
         self._is_full = False
         self._expiry: Timer | None = None
         self._retry: Timer | None = None
+        self._lease: Timer | None = None
         self.unacked = 0
         self.is_deleted = False
+        self.renew()
 
     def __len__(self) -> int:
         """Return how many messages are ready."""
@@ -140,15 +145,26 @@ class MemoryQueue:
 
     # Consumers
 
+    def renew(self) -> None:
+        """Begin the time anew after which the queue goes, if nobody uses it (``x-expires``)."""
+        if self._lease is not None:
+            self._lease.cancel()
+            self._lease = None
+        if self.limits.expires is not None and not self._takers:
+            when = self._clock.time() + self.limits.expires
+            self._lease = self._clock.call_at(when, self._on_unused)
+
     def subscribe(self, taker: Taker) -> None:
         """Add a consumer; they take turns."""
         self._takers.append(taker)
+        self.renew()
         self._dispatch()
 
     def unsubscribe(self, taker: Taker) -> None:
         """Remove a consumer, if it is one."""
         if taker in self._takers:
             self._takers.remove(taker)
+            self.renew()
 
     @property
     def takers(self) -> list[Taker]:
@@ -162,6 +178,7 @@ class MemoryQueue:
 
     def take_one(self) -> Stored | None:
         """Take the next message for one who asks for it; None if there is none."""
+        self.renew()
         self._expire()
         if not len(self._ready):
             return None
@@ -266,7 +283,7 @@ class MemoryQueue:
     def delete(self) -> None:
         """Forget everything, and tell the consumers."""
         self.is_deleted = True
-        for timer in (self._expiry, self._retry):
+        for timer in (self._expiry, self._retry, self._lease):
             if timer is not None:
                 timer.cancel()
         while len(self._ready):

@@ -228,8 +228,8 @@ async def test_two_brokers_are_told_apart(broker: MemoryBroker, producer: Produc
 
 async def test_arguments_that_are_not_followed_are_refused(producer: Producer) -> None:
     """A queue whose arguments the memory broker would ignore is not declared."""
-    with pytest.raises(TopologyError, match="does not follow the argument 'x-expires'"):
-        await producer.publish(Queue("q", arguments={"x-expires": 1000}), 1)
+    with pytest.raises(TopologyError, match="does not follow the argument 'x-max-length-bytes'"):
+        await producer.publish(Queue("q", arguments={"x-max-length-bytes": 1000}), 1)
     with pytest.raises(TopologyError, match="no queues of type 'stream'"):
         await producer.publish(Queue("q", arguments={"x-queue-type": "stream"}), 1)
     await producer.publish(Queue("q", arguments={"x-queue-leader-locator": "balanced"}), 1)
