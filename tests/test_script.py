@@ -194,7 +194,7 @@ async def test_a_handler_that_kills_its_process(
         worker.process.terminate()
         assert await worker.ended() == 0
     assert headers_of(dead)["x-aioworkq-attempts"] == 3
-    assert "the last one unfinished" in headers_of(dead)["x-aioworkq-reason"]
+    assert headers_of(dead)["x-aioworkq-reason"] == "crashed"
     assert await broker.ready(queue_name) == 0
 
 

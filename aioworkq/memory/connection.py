@@ -221,7 +221,7 @@ class MemoryConnection(Line):
         if isinstance(declaration, QueueDeclaration) and (
             name in node.queues or declaration.if_missing != "create"
         ):
-            node.look_for(name)
+            node.look_for(name).renew()
         else:
             node.declare(declaration)
 
@@ -241,11 +241,14 @@ class MemoryConnection(Line):
         """Return how many messages of a queue are ready; see the protocol."""
         what = f"counting the messages of queue {queue!r}"
         try:
-            return await self.call(
-                what, lambda: len(self.broker.node.look_for(queue)), timeout=timeout
-            )
+            return await self.call(what, partial(self._count, queue), timeout=timeout)
         except Refusal as refusal:
             raise topology_error(queue, refusal) from None
+
+    def _count(self, name: str) -> int:
+        queue = self.broker.node.look_for(name)
+        queue.renew()
+        return len(queue)
 
     async def delete_queue(self, queue: str, *, timeout: float) -> None:
         """Delete a queue; see the protocol."""

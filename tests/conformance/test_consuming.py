@@ -267,6 +267,62 @@ async def test_a_cancelled_consumer_settles_what_it_has(
 
 
 @BOTH
+async def test_a_cancelled_consumer_goes_on(subject: Subject, arguments: dict[str, Any]) -> None:
+    """After resume deliveries come again, with the new prefetch; what it had it still has."""
+    async with subject.connect() as connection:
+        await start(connection, arguments, b"0")
+        consumer = await consume(connection, "q", prefetch_count=5)
+        await consumer.wait(1)
+        subscription = consumer.settled()
+        for _ in range(2):
+            await subscription.cancel(timeout=5)
+        await (await publisher(connection)).publish_bodies("q", b"1", b"2", b"3")
+        await wait_ready(connection, "q", 3)
+        assert subscription.ack(1)
+        await subscription.resume(prefetch_count=2, timeout=5)
+        await consumer.wait(3)
+        await wait_ready(connection, "q", 1)
+        assert subscription.ack(2)
+        await consumer.wait(4)
+        assert consumer.bodies == [b"0", b"1", b"2", b"3"]
+        assert not subscription.is_lost
+        await subscription.aclose(timeout=5)
+        await subscription.resume(prefetch_count=2, timeout=5)
+        assert subscription.is_lost
+
+
+@BOTH
+async def test_a_queue_can_be_deleted(subject: Subject, arguments: dict[str, Any]) -> None:
+    """What is in it goes with it; to delete what is not there is no error."""
+    async with subject.connect() as connection:
+        await start(connection, arguments, b"0")
+        for _ in range(2):
+            await connection.delete_queue("q", timeout=TIMEOUT)
+        with pytest.raises(TopologyError) as caught:
+            await connection.count_messages("q", timeout=TIMEOUT)
+        assert caught.value.code == 404
+
+
+async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
+    """With x-expires, a queue goes when it had no consumer, and nobody looked, for so long."""
+    async with subject.connect() as connection:
+        await start(connection, {"x-expires": 500}, queue="unused")
+        await start(connection, {"x-expires": 500}, queue="used")
+        consumer = await consume(connection, "used")
+        publishing = await publisher(connection)
+
+        async def is_gone(queue: str) -> bool:
+            # To look for it would be a use.
+            return await publishing.publish(Message(b"x", queue)) is Confirm.RETURNED
+
+        await connection.count_messages("unused", timeout=TIMEOUT)
+        await eventually(lambda: is_gone("unused"))
+        assert not await is_gone("used")
+        await consumer.settled().aclose(timeout=5)
+        await eventually(lambda: is_gone("used"))
+
+
+@BOTH
 async def test_a_lost_connection_returns_everything(
     subject: Subject, arguments: dict[str, Any]
 ) -> None:
