@@ -20,6 +20,7 @@ from aioworkq.connect import connection_to
 from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.message import (
     ATTEMPTS,
+    CRASHED,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILURE,
@@ -31,6 +32,7 @@ from aioworkq.message import (
 )
 from aioworkq.outbox import Outbox
 from aioworkq.topology import Queue, as_queue, declarations
+from aioworkq.trials import Trials
 
 if TYPE_CHECKING:
     import ssl
@@ -133,6 +135,7 @@ class DeadLetters(Generic[T]):
             )
 
         self._connection = connection("reading")
+        self._trials = Trials(self._connection, timeout=timeout)
         self._outbox = Outbox(connection("copies"), window=100, window_bytes=16 * 1024 * 1024)
         self._is_open = False
 
@@ -239,6 +242,8 @@ class DeadLetters(Generic[T]):
                 if name not in OUR_HEADERS
             }
             copy = dead.message.copy_to(self._queue.name, headers)
+            if dead.reason == CRASHED:
+                await self._trials.unmark(copy)
             deadline = anyio.current_time() + self._timeout
             wire = self._outbox.connection.prepare(copy)
             await self._outbox.publish(copy, wire, deadline=deadline)

@@ -35,6 +35,9 @@ LAST_FAILURE: Final = "x-aioworkq-last-failure"
 TRIAL: Final = "x-aioworkq-trial"
 """On a copy that has one attempt left after its process died: it is run alone (bool)."""
 
+CRASHED: Final = "crashed"
+"""The reason of a message whose process ended in the middle of its last attempt."""
+
 OUR_HEADERS: Final = frozenset(
     {
         ATTEMPTS,

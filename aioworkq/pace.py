@@ -1,23 +1,19 @@
 """How fast a handler may go: one run at a time while nearly everything fails.
 
 When a service is down that a handler needs, every message fails. At full speed the queue would be
-through all its attempts within minutes, and then a flood of dead letters. So after a streak of
-failures of several messages the handler is slowed to one run at a time, with a growing rest
-between two, until one succeeds.
+through all its attempts within minutes, and then a flood of dead letters. So when nearly all
+messages fail that are new, the handler is slowed to one run at a time, with a growing rest between
+two, until one succeeds. Messages that fail again say nothing: after a burst they are what is left.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from aioworkq.retry import requeue_pause
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable
-
 _LEAST_RUNS: Final = 10
-_LEAST_MESSAGES: Final = 5
 _SHARE: Final = 0.9
 
 
@@ -33,8 +29,8 @@ class Pace:
         self._concurrency = concurrency
         self._slow_down = slow_down
         self._rests = 0
-        # Of each run the message, if it failed.
-        self._recent: deque[Hashable | None] = deque(maxlen=max(_LEAST_RUNS, 2 * concurrency))
+        # Of the last runs whether they failed; of failures the first attempts only.
+        self._recent: deque[bool] = deque(maxlen=max(_LEAST_RUNS, concurrency))
         self.is_slowed = False
 
     @property
@@ -50,31 +46,24 @@ class Pace:
     def succeeded(self) -> bool:
         """Take note of a success, and say whether it ends the slow pace."""
         if not self.is_slowed:
-            if self._recent:
-                self._recent.append(None)
+            self._recent.append(False)
             return False
         self.is_slowed = False
         self._recent.clear()
         self._rests = 0
         return True
 
-    def failed(self, message: Hashable) -> bool:
+    def failed(self, attempt: int) -> bool:
         """Take note of a failure, and say whether the slow pace begins with it.
 
         Args:
-            message: What tells the message from others: one that fails again and again by itself
-                says nothing about the others.
+            attempt: Which attempt of its message it was, from 1.
         """
-        if self.is_slowed:
+        if self.is_slowed or attempt > 1:
             return False
-        self._recent.append(message)
-        failures = [one for one in self._recent if one is not None]
-        if (
-            not self._slow_down
-            or len(self._recent) < (self._recent.maxlen or 0)
-            or len(failures) < _SHARE * len(self._recent)
-            or len(set(failures)) < _LEAST_MESSAGES
-        ):
-            return False
-        self.is_slowed = True
-        return True
+        self._recent.append(True)
+        is_full = len(self._recent) == self._recent.maxlen
+        self.is_slowed = (
+            self._slow_down and is_full and sum(self._recent) >= _SHARE * len(self._recent)
+        )
+        return self.is_slowed

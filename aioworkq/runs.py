@@ -26,6 +26,7 @@ from anyio.lowlevel import checkpoint
 from aioworkq.errors import DecodeError, Signal, TopologyError, WorkQueueError
 from aioworkq.handler import ThreadCall
 from aioworkq.message import (
+    CRASHED,
     TRIAL,
     Delivery,
     is_counted_by_broker,
@@ -466,7 +467,7 @@ class Runs:
             return verdict
         if self._is_used_up(run):
             is_charged = run.used > own_attempts(delivery.message.headers)
-            return DeadLetter("crashed" if is_charged else f"gave up after {run.used} attempts")
+            return DeadLetter(CRASHED if is_charged else f"gave up after {run.used} attempts")
         try:
             body = self._handler.decode(delivery)
         except Exception as exc:  # a user's type may raise what no codec expects
@@ -480,16 +481,16 @@ class Runs:
         """Write down that a message is started alone, unless it was before: then it crashed."""
         message = run.delivery.message
         try:
-            if run.delivery.redelivered and await self._trials.is_marked(message):
-                run.is_marked = True
+            # The mark stays: a crash may have left the message in two copies.
+            if await self._trials.is_marked(message):
                 run.used += 1
-                return DeadLetter("crashed")
+                return DeadLetter(CRASHED)
             await self._trials.mark(message)
         except TopologyError as exc:  # never: what RabbitMQ charges is all there is to go by
             _log.warning("The trial of %r cannot be marked: %s", run.delivery, exc)
             if run.delivery.redelivered:
                 run.used += 1
-                return DeadLetter("crashed")
+                return DeadLetter(CRASHED)
             return None
         except WorkQueueError as exc:
             _log.warning("%r is not started, its trial cannot be marked: %s", run.delivery, exc)
@@ -559,8 +560,7 @@ class Runs:
         if not isinstance(exc, Signal):
             self._settler.counts.failed += 1
             run.has_failed = True
-            message = delivery.message
-            if self._pace.failed(message.message_id or hash(message.body)):
+            if self._pace.failed(delivery.attempt):
                 _log.warning(
                     "Handler %s fails on nearly every message: it runs one at a time, with rests, "
                     "until one succeeds. What it needs may be down.",

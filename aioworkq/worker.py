@@ -174,10 +174,9 @@ class Worker:
                 handed over again (a redelivery here waits for them); ``"cancel"`` cancels them.
             retry: Instead of requeueing a failed message, let it wait in RabbitMQ for the policy's
                 delays; the policy's ``attempts`` count. Only for the default ``on_error``.
-            slow_down: When nine in ten of the last runs failed (at least ten runs, or twice the
-                concurrency, of five messages or more), run one at a time, with rests from 0.1 to
-                5 s, until one succeeds: an outage of what the handler needs shall not use up the
-                attempts of the whole queue.
+            slow_down: When nine in ten of the last new messages failed (of ten, or as many as the
+                concurrency), run one at a time, with rests from 0.1 to 5 s, until one succeeds: an
+                outage of what the handler needs shall not use up the attempts of the whole queue.
 
         Raises:
             TypeError: The function does not take what a handler is given.

@@ -423,7 +423,8 @@ async def test_classic_counts_every_redelivery(
 
     async def is_settled_but_one() -> bool:
         found = await channels(rabbitmq, queue_name)
-        return [one["messages_unacknowledged"] for one in found] == [1]
+        # The last attempt is a trial, during which nothing is consumed.
+        return [one["messages_unacknowledged"] for one in found] in ([1], [])
 
     for _ in range(3):
         worker = Worker(proxy_url)

@@ -382,7 +382,9 @@ async def test_a_lost_race_for_a_port_is_run_again(
         choose_ports = _node_parts.choose_ports
         lost = dataclasses.replace(choose_ports(), **{port: thief.getsockname()[1]})
         chosen = iter([lost])
-        monkeypatch.setattr(_node_parts, "choose_ports", lambda: next(chosen, choose_ports()))
+        monkeypatch.setattr(
+            _node_parts, "choose_ports", lambda **given: next(chosen, choose_ports(**given))
+        )
         async with RabbitMQ() as node:
             assert node.port != lost.amqp
             assert answers(node.port, timeout=20)

@@ -1,8 +1,9 @@
 """A ledger of thousands of messages through random faults, in the manner of Jepsen's total queue.
 
-Twenty tasks publish numbered messages while faults drawn from a printed seed hit broker and
-network, handlers fail, and messages are retried. In the end what was confirmed must have been
-handled or dead-lettered: the difference is empty. Duplicates are allowed, counted and printed.
+Twenty tasks publish numbered messages, some with a delay, while faults drawn from a printed seed
+hit broker and network, handlers fail, and messages are retried. In the end what was confirmed must
+have been handled or dead-lettered: the difference is empty. Duplicates are allowed, counted and
+printed.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ async def publish(
 ) -> None:
     for number in mine:
         try:
-            await producer.publish(queue, number, timeout=30)
+            delay = chance.choice((None, None, None, 0.125, 0.75))
+            await producer.publish(queue, number, delay=delay, timeout=30)
         except WorkQueueError:
             ledger.unknown.add(number)
         else:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import pytest
 
-from aioworkq import Delivery, Producer, Queue, Worker
+from aioworkq import DeadLetters, Delivery, Message, Producer, Queue, Worker
 from aioworkq.message import ATTEMPTS, REASON, TRIAL
+from aioworkq.trials import Trials
 from tests.consuming import Broker, eventually, headers_of, publish_all
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ async def test_the_neighbours_of_a_poison_message(
     lines = log.read_text().splitlines()
     starts = [int(line.split()[-1]) for line in lines if line.startswith("poison starts")]
     assert starts == list(range(1, attempts + 1))
-    for name in names:
-        assert not await broker.take_all(f"{name}.dead")
+    for name in names:  # a crash between a copy and its original's ack leaves two
+        assert {again.body for again in await broker.take_all(f"{name}.dead")} <= {b"poison"}
         assert await broker.ready(name) == 0
 
 
@@ -283,3 +284,51 @@ async def test_failures_are_no_crashes(broker: Broker, url: str, queue_name: str
     assert attempts == [1, 2, 3]
     assert marked == [None] * 3
     assert headers_of(dead)[REASON] == "gave up after 3 attempts"
+
+
+async def test_a_replayed_crash_gets_all_its_attempts(
+    broker: Broker, url: str, queue_name: str
+) -> None:
+    """What crashed and is replayed gets a trial again: its mark is gone."""
+    probation = Probation(url, queue_name)
+    probation.release.set()
+    trials = Trials(probation.worker._connection, timeout=5)
+    async with probation.worker:
+        mark = Message(b"tried", probation.own.name, message_id="tried-0")
+        await trials.mark(mark)
+        await charge(broker, probation.own.name, ["tried"], trial=True)
+        await eventually(lambda: probation.worker.statistics().dead_lettered == 1)
+        assert not probation.attempts
+        async with DeadLetters(url, probation.own) as dead:
+            (letter,) = await dead.peek()
+            assert (letter.reason, letter.attempts) == ("crashed", 2)
+            assert await trials.is_marked(mark)
+            assert await dead.replay() == 1
+        assert not await trials.is_marked(mark)
+        await charge(broker, probation.own.name, ["tried"], trial=True)
+        await eventually(lambda: probation.worker.statistics().handled == 2)
+    assert probation.attempts == {"tried": [1, 2]}
+
+
+async def test_without_the_permission_to_mark_charges_count(
+    rabbitmq: RabbitMQ, broker: Broker, url: str, queue_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A user who may not declare the marks has trials all the same, judged by what is charged."""
+    await rabbitmq.add_user(queue_name, "secret")
+    mine = f"^{queue_name}.*$"
+    await rabbitmq.set_permissions(queue_name, vhost=queue_name, configure=mine)
+    probation = Probation(url.replace("guest:guest", f"{queue_name}:secret"), queue_name)
+    probation.release.set()
+    async with probation.worker:
+        await charge(broker, probation.own.name, ["tried"], trial=True)
+        await eventually(lambda: probation.worker.statistics().handled == 1)
+    assert "cannot be marked" in caplog.text
+    await charge(broker, probation.own.name, ["crash"], trial=True)
+    channel = await broker._open()
+    await channel.basic_get(probation.own.name)
+    await channel.close()  # it is redelivered from now on, and charged
+    again = Probation(url.replace("guest:guest", f"{queue_name}:secret"), queue_name)
+    async with again.worker:
+        dead = await broker.take(probation.own.dead_letter_queue)
+    assert headers_of(dead)[REASON] == "crashed"
+    assert not again.attempts
