@@ -203,6 +203,9 @@ def header(properties: bytes) -> Any:
         (b"\x01\x00\x04soon", "expiration", None),
         (b"\x00\x81\x00\x00\x02id", "message_id", "id"),
         (b"\x00\x10\x05guest", "message_id", ""),
+        (b"", "message_id", ""),
+        (b"\x80\x00", "content_type", None),
+        (b"\x80\x40\x01a\x00\x00", "timestamp", None),
     ],
 )
 def test_what_other_clients_write_ends_no_connection(
@@ -210,7 +213,7 @@ def test_what_other_clients_write_ends_no_connection(
     name: str,
     value: object,
 ) -> None:
-    """Text that is no UTF-8, a time that never comes, headers of an unknown type."""
+    """Text that is no UTF-8, a time that never comes, headers of an unknown type, too few bytes."""
     assert getattr(header(properties), name) == value
 
 

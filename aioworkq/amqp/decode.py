@@ -54,7 +54,7 @@ def _shortstr(data: bytes, start: int) -> tuple[str, int]:
     return data[start + 1 : end].decode("utf-8", "replace"), end
 
 
-def message_of(  # noqa: C901, PLR0912 - one step per property
+def message_of(
     properties: bytes,
     body: bytes,
     *,
@@ -62,7 +62,7 @@ def message_of(  # noqa: C901, PLR0912 - one step per property
     exchange: str,
     routing_key: str,
 ) -> Message:
-    """Return a delivery as a message.
+    """Return a delivery as a message; one whose properties are garbage is taken without them.
 
     Args:
         properties: Their flags and values, as in a content header.
@@ -71,9 +71,17 @@ def message_of(  # noqa: C901, PLR0912 - one step per property
         exchange: As delivered.
         routing_key: As delivered.
     """
-    flags = _short(properties)[0]
     message = Message(body, queue, exchange, routing_key)
     message.persistent = False
+    try:
+        _read(properties, message)
+    except (struct.error, IndexError) as exc:  # a message must not end the connection
+        _log.warning("The properties of a message are cut short, it is taken as it is: %s", exc)
+    return message
+
+
+def _read(properties: bytes, message: Message) -> None:  # noqa: C901, PLR0912 - one step each
+    flags = _short(properties)[0]
     start = 2
     while _short(properties, start - 2)[0] & 1:  # more flags follow: no property has one
         start += 2
@@ -109,7 +117,6 @@ def message_of(  # noqa: C901, PLR0912 - one step per property
         _, start = _shortstr(properties, start)  # user_id
     if flags & 0x0008:
         message.app_id, start = _shortstr(properties, start)
-    return message
 
 
 def _table(encoded: bytes) -> dict[str, Any]:

@@ -297,8 +297,9 @@ class AmqpSubscription:
                 await self._writer.wait_idle()
                 if self._returned >= _QUORUM_COMMANDS:
                     await self._flush(timeout=timeout)
-        await close_bounded(self._channel, timeout=timeout)
+        # Behind a Channel.Close nothing may be settled: RabbitMQ would close the connection.
         self._set_lost("closed by this worker")
+        await close_bounded(self._channel, timeout=timeout)
 
     async def _flush(self, *, timeout: float) -> None:
         """Wait until a quorum queue has taken back all that was returned.
