@@ -49,6 +49,9 @@ lint: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/installed rabbitmq .venv-bench/installed
+	@# The C client is measured where it can be built.
+	@command -v gcc >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		{ [ -e /usr/include/amqp.h ] || apt-get -qq -y install librabbitmq-dev >/dev/null; } || true
 	$(BIN)/python -m tests.benchmarks
 
 # Other work queues, to be compared with, in an environment of their own.

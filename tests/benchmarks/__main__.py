@@ -4,7 +4,7 @@ Every contestant publishes or handles the same messages (256 bytes, persistent, 
 classic queue, prefetch 100) on one private RabbitMQ, in a process of its own, interleaved in
 rounds, so that a slow moment of the machine hits all alike. The table shows medians, and ratios
 within a round. CPU per message is the client's alone, and steadier than a rate. Other work queues
-are measured when ``.venv-bench`` is there.
+are measured when ``.venv-bench`` is there, and the C client when it can be built.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +44,14 @@ PEERS: Final = {
     "Celery": ("celery_publish", "celery_consume"),
 }
 PEER_MESSAGES: Final = 5_000
+
+C_SOURCE: Final = Path(__file__).with_name("librabbitmq.c")
+BESIDE_C: Final = (
+    ("publish_many", "ours_publish_many", "publish"),
+    ("publish, 1,000 tasks", "ours_publish_1000", "publish"),
+    ("no-op worker, prefetch 100", "ours_consume", "consume"),
+)
+C_MESSAGES: Final = 20_000
 
 PAIRS: Final = (
     ("publish, one at a time", "ours_publish_1", "idiom_publish_1", 3_000),
@@ -99,6 +110,58 @@ async def pair(url: str, rounds: int, row: tuple[str, str, str, int]) -> tuple[S
             results = await contestant(name, url, queue, count)
             series[name].add(results[-1])
     return series[ours], series[idiom]
+
+
+def build_c_client(folder: Path) -> Path | None:
+    """Compile the C client; None where there is no compiler or no library."""
+    program = folder / "librabbitmq"
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        return None
+    built = subprocess.run(
+        [compiler, "-O2", "-o", program, C_SOURCE, "-lrabbitmq"],
+        capture_output=True,
+        check=False,
+    )
+    return None if built.returncode else program
+
+
+async def beside_c(node: RabbitMQ, rounds: int, program: Path) -> list[str]:
+    """Measure the C client in turn with ours; return its part of the page."""
+    taken = {title: (Series(), Series()) for title, *_ in BESIDE_C}
+    for number in range(rounds):
+        for title, name, verb in BESIDE_C:
+            for who, series in zip((name, "c"), taken[title], strict=True):
+                queue = f"c-{who}-{name}-{number}"
+                await fill(node.url, queue, C_MESSAGES if verb == "consume" else 1)
+                if who == "c":
+                    series.add(await c_client(program, verb, node, queue))
+                else:
+                    series.add((await contestant(name, node.url, queue, C_MESSAGES))[-1])
+    return [
+        "",
+        "## Beside the C client",
+        "",
+        "librabbitmq publishes with 1,000 messages unconfirmed at most, and consumes with prefetch",
+        "100 and one ack for a hundred deliveries, without decoding anything. It says what broker",
+        f"and machine can do. {C_MESSAGES:,} messages, medians of {rounds} rounds.",
+        "",
+        "| | msg/s ours | msg/s C | ratio | CPU µs ours | CPU µs C | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(table_row(title, *series) for title, series in taken.items()),
+    ]
+
+
+async def c_client(program: Path, verb: str, node: RabbitMQ, queue: str) -> dict[str, float]:
+    arguments = (verb, "127.0.0.1", str(node.port), "/", queue, str(C_MESSAGES))
+    process = await asyncio.create_subprocess_exec(
+        program, *arguments, stdout=asyncio.subprocess.PIPE
+    )
+    output, _ = await process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"the C client ended with {process.returncode}.")
+    result: dict[str, float] = json.loads(output)
+    return result
 
 
 async def beside_peers(url: str, rounds: int) -> tuple[list[str], str]:
@@ -164,8 +227,16 @@ async def run(rounds: int, messages: int) -> tuple[str, str]:
     """Measure everything; return the page, and the plot if there is one."""
     rows: list[str] = []
     peers: list[str] = []
+    c_part: list[str] = []
     plot = ""
     async with RabbitMQ() as node:
+        with tempfile.TemporaryDirectory() as folder:
+            program = build_c_client(Path(folder))
+            if program is None:
+                print("There is no gcc or no librabbitmq-dev: the C client is left out.")
+            else:
+                c_part = await beside_c(node, rounds, program)
+                print("\n".join(c_part), flush=True)
         for row in PAIRS:
             ours, idiom = await pair(node.url, rounds, row)
             rows.append(table_row(row[0], ours, idiom))
@@ -193,6 +264,7 @@ async def run(rounds: int, messages: int) -> tuple[str, str]:
             "| | msg/s ours | msg/s idiom | ratio | CPU µs ours | CPU µs idiom | ratio |",
             "| --- | --- | --- | --- | --- | --- | --- |",
             *rows,
+            *c_part,
             *peers,
             "",
             f"## Memory of one process that publishes and handles {messages:,} messages",
