@@ -226,7 +226,10 @@ class AmqpSubscription:
 
     async def _on_cancelled_by_broker(self, _: Basic.Cancel) -> None:
         # Called inside the channel's reader: an RPC on this channel would deadlock here.
-        self._set_lost("RabbitMQ cancelled the consumer: its queue was deleted or moved")
+        self._set_lost(
+            "RabbitMQ cancelled the consumer: its queue was deleted or moved, or a delivery was "
+            "not settled within the consumer_timeout"
+        )
 
     def _on_closing(self, future: asyncio.Future[Any]) -> None:
         self._set_lost(describe(closing_exception(future)))

@@ -224,7 +224,8 @@ async def test_consumer_timeout(node: RabbitMQ, node_url: str, queue_name: str) 
             await producer.publish(queue_name, "x")
             # Its redelivery waits here, and is timed out as well, again and again.
             await eventually(lambda: losses(worker, queue_name) >= 2)
-            assert "timed out" in worker.statistics().consumers[queue_name].last_error
+            last_error = worker.statistics().consumers[queue_name].last_error
+            assert "timed out" in last_error or "within the consumer_timeout" in last_error
             await eventually(lambda: worker.statistics().waiting == 1)
             release.set()
             await eventually(lambda: worker.statistics().duplicates == 1)
