@@ -9,6 +9,7 @@ from aioworkq.batch import PublishReport
 from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
 from aioworkq.errors import (
     AccessRefusedError,
+    BatchError,
     ConnectionLostError,
     DecodeError,
     MessageError,
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AccessRefusedError",
     "Ack",
+    "BatchError",
     "ConnectionLostError",
     "ConsumerState",
     "ConsumerStatistics",

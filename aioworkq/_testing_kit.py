@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
+from aioworkq.batches import BatchRuns
 from aioworkq.errors import StateError
 from aioworkq.memory import MemoryBroker
 from aioworkq.memory.connection import MemoryConnection
@@ -76,6 +77,13 @@ class _WithoutPauses(Runs):
         pass
 
 
+class _BatchOfOne(_WithoutPauses, BatchRuns):
+    """Waits for no others."""
+
+    def _time_left(self) -> float:
+        return 0
+
+
 async def deliver(
     worker: Worker,
     queue: Queue[T] | str,
@@ -89,7 +97,8 @@ async def deliver(
 
     The body is encoded and decoded, the handler runs with its time limit, in a thread if it is a
     plain function, and its options say what an error means. Nothing is settled, nothing waits, and
-    the worker need not run; it may be one for RabbitMQ. Cancelling it cancels the handler.
+    the worker need not run; it may be one for RabbitMQ. Cancelling it cancels the handler. A batch
+    handler gets a batch of one: for larger ones publish to a `MemoryBroker`, and `drain`.
 
     Args:
         worker: Where the handler is registered.
@@ -144,7 +153,7 @@ async def _outcome_of(handler: Handler, message: Message) -> Outcome:
     broker.node.declare(QueueDeclaration(handler.queue.name, {}))
     broker.node.publish(connection.prepare(message))
     recorder = _Recorder(handler.queue, connection)
-    runs = _WithoutPauses(
+    runs = (_WithoutPauses if handler.batching is None else _BatchOfOne)(
         handler,
         settler=recorder,
         stopping=anyio.Event(),

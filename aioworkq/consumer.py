@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from aioworkq.batches import BatchRuns
 from aioworkq.errors import (
     AccessRefusedError,
     ConnectionLostError,
@@ -88,7 +89,7 @@ class Consumer:
         self._was_subscribed = False
         self._trials = trials
         trials.join(self)
-        self._runs = Runs(
+        self._runs = (Runs if handler.batching is None else BatchRuns)(
             handler,
             settler=self._settler,
             stopping=stopping,
@@ -287,8 +288,12 @@ class Consumer:
         """Let no copy that is under way take longer than a few seconds more."""
         self._settler.hurry()
 
-    async def stop_consuming(self) -> None:
-        """Take no more deliveries. Bounded, twice harmless."""
+    async def stop_consuming(self, *, flush: bool = False) -> None:
+        """Take no more deliveries. Bounded, twice harmless.
+
+        Args:
+            flush: Whether what waits for the rest of its batch is started then.
+        """
         self._change(ConsumerState.DRAINING)
         try:
             # RabbitMQ may have subscribed us already: what it hands over can still go back.
@@ -299,6 +304,8 @@ class Consumer:
             elif self._loop_scope is not None:
                 self._loop_scope.cancel()
         finally:
+            if flush:
+                self._runs.flush()
             self._runs.end_pauses()
 
     async def close(self) -> None:

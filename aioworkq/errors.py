@@ -17,6 +17,7 @@
     Signal                       raised by handlers: not errors
     ├── RetryLater
     └── Reject
+    BatchError                   raised by batch handlers: what becomes of single messages
 
 Every error keeps its fields and builds its sentence in ``__str__``: *what*: *why*. *Do this.*
 Bad arguments are plain :class:`ValueError` and :class:`TypeError`, raised where they are given.
@@ -24,6 +25,13 @@ No password ever appears in a sentence.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from aioworkq.outcome import Outcome
 
 
 class WorkQueueError(Exception):
@@ -234,3 +242,60 @@ class RetryLater(Signal):
         self.delay = delay
         self.counts = counts
         super().__init__(delay)
+
+
+class BatchError(Exception):
+    """Raised by a batch handler: these messages of the batch are not done, all others are.
+
+    Each is named by its position in the list of bodies, from 0, with what becomes of it: an outcome
+    (`Ack`, `Requeue`, `Retry`, `DeadLetter`), or an exception, which counts as if the handler had
+    raised it for this message alone::
+
+        raise BatchError({0: DeadLetter("no address"), 3: RetryLater(60), 7: exc})
+
+    An empty mapping names none: all are acked. A position that the batch does not have, or a value
+    that is neither, makes the whole batch fail, as any other error does.
+
+    Attributes:
+        outcomes: What was given, as a dict.
+
+    Raises:
+        TypeError: It is no mapping, a position is no int, or a value is a class, or an exception
+            that no handler may raise for one message.
+        ValueError: A position is negative.
+    """
+
+    def __init__(self, outcomes: Mapping[int, Outcome | Exception]) -> None:
+        try:
+            self.outcomes = dict(outcomes)
+        except (TypeError, ValueError) as exc:
+            raise TypeError(
+                f"BatchError takes a mapping of positions in the batch to outcomes, not "
+                f"{outcomes!r}. Write it as `BatchError({{3: Reject('too old')}})`.",
+            ) from exc
+        for position, value in self.outcomes.items():
+            _check_position(position)
+            if isinstance(value, type | BatchError) or (
+                isinstance(value, BaseException) and not isinstance(value, Exception)
+            ):
+                raise TypeError(
+                    f"BatchError names {value!r} for item {position}: it must be an outcome, or an "
+                    "instance of Exception that is no BatchError.",
+                )
+        super().__init__(self.outcomes)
+
+    def __str__(self) -> str:
+        named = ", ".join(f"{position}: {value!r}" for position, value in self.outcomes.items())
+        return f"not all of the batch is done: {named or 'no item is named'}."
+
+
+def _check_position(position: object) -> None:
+    if not isinstance(position, int) or isinstance(position, bool):
+        raise TypeError(
+            f"BatchError names the item {position!r}: it must be a position in the list of bodies, "
+            "an int from 0.",
+        )
+    if position < 0:
+        raise ValueError(
+            f"BatchError names the item {position}: positions in the list of bodies count from 0.",
+        )

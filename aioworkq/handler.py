@@ -1,7 +1,8 @@
 """A user's function as a handler: its signature, its options, its call.
 
 A coroutine function is awaited; a plain function runs in a thread. Parameters are bound by
-annotation: one takes the body, one annotated `Delivery`, if there is one, the delivery.
+annotation: one takes the body, one annotated `Delivery`, if there is one, the delivery. A batch
+handler takes lists of them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import asyncio
 import contextlib
 import functools
 import inspect
+import math
 import os
+import re
 import threading
 import types
 import typing
+from collections.abc import Collection, Iterable, MutableSequence, Reversible, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -35,6 +39,12 @@ OnConnectionLoss: TypeAlias = Literal["finish", "cancel"]
 _ASYNC_CONCURRENCY: Final = 10
 _MAX_PREFETCH: Final = 65_535
 _EXAMPLE: Final = "Write it as `async def handle(body: Email, delivery: Delivery) -> None`"
+_BATCH_EXAMPLE: Final = (
+    "Write it as `async def handle(bodies: list[Email], deliveries: list[Delivery]) -> None`"
+)
+_BATCH_CONCURRENCY: Final = 1
+_LISTS: Final = frozenset({list, Sequence, MutableSequence, Collection, Iterable, Reversible})
+"""What a parameter that gets a list may be annotated with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,30 @@ class Options:
     on_connection_loss: OnConnectionLoss
     retry: RetryPolicy | None = None
     slow_down: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How the batches of a batch handler are made.
+
+    Attributes:
+        max_size: How many messages a batch has at most.
+        max_wait: Seconds that a message waits at most for others of its batch.
+    """
+
+    max_size: int
+    max_wait: float
+
+    def __post_init__(self) -> None:
+        if not _is_whole(self.max_size) or not 1 <= self.max_size <= _MAX_PREFETCH:
+            raise ValueError(
+                f"max_size is {self.max_size!r}: it must be a whole number from 1 to "
+                f"{_MAX_PREFETCH}, as many as RabbitMQ hands over unsettled.",
+            )
+        if not 0 <= self.max_wait < math.inf:
+            raise ValueError(
+                f"max_wait is {self.max_wait!r}: it must be a number of seconds, 0 or more.",
+            )
 
 
 class ThreadCall:
@@ -79,6 +113,8 @@ class Handler:
     codec: Codec
     options: Options
     name: str
+    batching: Batching | None = None
+    """None for a handler that takes one message."""
 
     def decode(self, delivery: Delivery) -> Any:
         """Decode a delivery's body.
@@ -88,11 +124,16 @@ class Handler:
         """
         return self.codec.decode(delivery.message.body, delivery.message.content_type)
 
-    async def call(self, body: Any, delivery: Delivery) -> None:
+    async def call(self, body: Any, delivery: Delivery | list[Delivery]) -> None:
         """Await a coroutine function. Raises whatever it raises."""
         await self.function(**self._arguments(body, delivery))
 
-    async def call_in_thread(self, body: Any, delivery: Delivery, call: ThreadCall) -> None:
+    async def call_in_thread(
+        self,
+        body: Any,
+        delivery: Delivery | list[Delivery],
+        call: ThreadCall,
+    ) -> None:
         """Run a plain function in a thread, and wait for it.
 
         Cancelling this leaves the thread alone, as threads cannot be stopped; ``call.has_ended``
@@ -125,7 +166,7 @@ class Handler:
                 "awaited. Define it with `async def`.",
             )
 
-    def _arguments(self, body: Any, delivery: Delivery) -> dict[str, Any]:
+    def _arguments(self, body: Any, delivery: Delivery | list[Delivery]) -> dict[str, Any]:
         if self.delivery_parameter is None:
             return {self.body_parameter: body}
         return {self.body_parameter: body, self.delivery_parameter: delivery}
@@ -143,6 +184,7 @@ def make_handler(
     on_connection_loss: OnConnectionLoss,
     retry: RetryPolicy | None,
     slow_down: bool,
+    batching: Batching | None = None,
 ) -> Handler:
     """Check a function and its options, and make a handler of them.
 
@@ -156,14 +198,15 @@ def make_handler(
     if _is_generator(function):
         raise TypeError(f"handler {name} is a generator function: it must return, not yield.")
     is_async = _is_async(function)
-    body, delivery, annotation = _bind(function, name)
+    body, delivery, annotation = _bind(function, name, is_batch=batching is not None)
     body_type = queue.body_type
     if body_type is Any:
         body_type = annotation
     elif not _accepts(annotation, body_type):
+        takes = _show(annotation) if batching is None else f"a list of {_show(annotation)}"
         raise TypeError(
-            f"handler {name} takes {_show(annotation)}, but the bodies of queue {queue.name!r} are "
-            f"{_show(body_type)}: annotate the parameter with that type.",
+            f"handler {name} takes {takes}, but the bodies of queue {queue.name!r} are "
+            f"{_show(body_type)}: annotate the parameter with {_article(batching)}that type.",
         )
     return Handler(
         queue=queue,
@@ -173,7 +216,9 @@ def make_handler(
         delivery_parameter=delivery,
         codec=codec_for(body_type),
         name=name,
+        batching=batching,
         options=_check_options(
+            batching=batching,
             is_async=is_async,
             concurrency=concurrency,
             prefetch_count=prefetch_count,
@@ -187,8 +232,13 @@ def make_handler(
     )
 
 
+def _article(batching: Batching | None) -> str:
+    return "" if batching is None else "a list of "
+
+
 def _check_options(
     *,
+    batching: Batching | None,
     is_async: bool,
     concurrency: int | None,
     prefetch_count: int | None,
@@ -199,17 +249,12 @@ def _check_options(
     retry: RetryPolicy | None,
     slow_down: bool,
 ) -> Options:
-    if concurrency is None:
-        concurrency = _ASYNC_CONCURRENCY if is_async else os.cpu_count() or 1
-    if not _is_whole(concurrency) or concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency!r}: it must be a whole number from 1.")
-    if prefetch_count is None:
-        prefetch_count = min(concurrency, _MAX_PREFETCH)
-    if not _is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
-        raise ValueError(
-            f"prefetch_count is {prefetch_count!r}: it must be a whole number from 1 to "
-            f"{_MAX_PREFETCH}. No bound at all (0) would pull a whole backlog into memory.",
-        )
+    concurrency, prefetch_count = _check_numbers(
+        concurrency,
+        prefetch_count,
+        is_async=is_async,
+        batching=batching,
+    )
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout is {timeout!r}: it must be more than 0 seconds, or None.")
     if attempts is not None and (not _is_whole(attempts) or attempts < 1):
@@ -242,6 +287,36 @@ def _check_options(
     )
 
 
+def _check_numbers(
+    concurrency: int | None,
+    prefetch_count: int | None,
+    *,
+    is_async: bool,
+    batching: Batching | None,
+) -> tuple[int, int]:
+    """Return how many runs there are at a time, and how many unsettled deliveries."""
+    if concurrency is None and batching is not None:
+        concurrency = _BATCH_CONCURRENCY
+    elif concurrency is None:
+        concurrency = _ASYNC_CONCURRENCY if is_async else os.cpu_count() or 1
+    if not _is_whole(concurrency) or concurrency < 1:
+        raise ValueError(f"concurrency is {concurrency!r}: it must be a whole number from 1.")
+    if prefetch_count is None:
+        wanted = concurrency if batching is None else batching.max_size * (concurrency + 1)
+        prefetch_count = min(wanted, _MAX_PREFETCH)
+    if not _is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
+        raise ValueError(
+            f"prefetch_count is {prefetch_count!r}: it must be a whole number from 1 to "
+            f"{_MAX_PREFETCH}. No bound at all (0) would pull a whole backlog into memory.",
+        )
+    if batching is not None and prefetch_count < batching.max_size:
+        raise ValueError(
+            f"prefetch_count is {prefetch_count}: no batch would ever have its max_size of "
+            f"{batching.max_size} messages. Give at least as many, or leave it out.",
+        )
+    return concurrency, prefetch_count
+
+
 def _is_whole(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
 
@@ -263,8 +338,14 @@ def _is_generator(function: Any) -> bool:
     return inspect.isgeneratorfunction(inner) or inspect.isasyncgenfunction(inner)
 
 
-def _bind(function: Callable[..., Any], name: str) -> tuple[str, str | None, Any]:
+def _bind(
+    function: Callable[..., Any],
+    name: str,
+    *,
+    is_batch: bool,
+) -> tuple[str, str | None, Any]:
     """Return the names of the body's and the delivery's parameter, and the body's annotation."""
+    example = _BATCH_EXAMPLE if is_batch else _EXAMPLE
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as exc:
@@ -278,24 +359,29 @@ def _bind(function: Callable[..., Any], name: str) -> tuple[str, str | None, Any
             continue
         if kind is parameter.POSITIONAL_ONLY:
             raise TypeError(
-                f"handler {name} has the positional-only parameter {parameter.name!r}. {_EXAMPLE}.",
+                f"handler {name} has the positional-only parameter {parameter.name!r}. {example}.",
             )
         annotation = hints.get(parameter.name, parameter.annotation)
-        if _is_delivery(annotation):
+        if is_batch and _is_delivery(annotation):
+            raise TypeError(f"handler {name} gets many deliveries at a time. {example}.")
+        if _is_delivery_list(annotation) if is_batch else _is_delivery(annotation):
             deliveries.append(parameter.name)
         elif parameter.default is parameter.empty or not bodies:
             bodies.append((parameter.name, annotation))
     if len(bodies) != 1:
         found = ", ".join(repr(body) for body, _ in bodies) or "none"
         raise TypeError(
-            f"handler {name} must take the body in exactly one parameter; it has {found}. "
-            f"{_EXAMPLE}; give others a default.",
+            f"handler {name} must take the {'bodies' if is_batch else 'body'} in exactly one "
+            f"parameter; it has {found}. {example}; give others a default.",
         )
     if len(deliveries) > 1:
-        raise TypeError(f"handler {name} asks for the delivery twice. {_EXAMPLE}.")
+        asked = "deliveries" if is_batch else "delivery"
+        raise TypeError(f"handler {name} asks for the {asked} twice. {example}.")
     body, annotation = bodies[0]
     if annotation is inspect.Parameter.empty or isinstance(annotation, str):
         annotation = Any
+    elif is_batch:
+        annotation = _item_type(annotation, name)
     return body, deliveries[0] if deliveries else None, annotation
 
 
@@ -314,6 +400,26 @@ def _is_delivery(annotation: Any) -> bool:
     if isinstance(annotation, str):
         return annotation.strip("'\"").rpartition(".")[2] == "Delivery"
     return False
+
+
+def _is_delivery_list(annotation: Any) -> bool:
+    if isinstance(annotation, str):
+        return bool(re.fullmatch(r"['\"]?([\w.]+)\[([\w.]+\.)?Delivery\]['\"]?", annotation))
+    return get_origin(annotation) in _LISTS and get_args(annotation) == (Delivery,)
+
+
+def _item_type(annotation: Any, name: str) -> Any:
+    """Return what is in the list that the bodies' parameter is annotated with."""
+    if annotation in (Any, object) or isinstance(annotation, typing.TypeVar):
+        return Any
+    if annotation in _LISTS:
+        return Any
+    if get_origin(annotation) in _LISTS:
+        return get_args(annotation)[0]
+    raise TypeError(
+        f"handler {name} takes {_show(annotation)}, but a batch handler takes a list of bodies. "
+        f"{_BATCH_EXAMPLE}.",
+    )
 
 
 def _accepts(annotation: Any, body_type: Any) -> bool:

@@ -5,6 +5,8 @@ Carrying an outcome out is ``settle.py``'s work. Nothing here waits, publishes o
 
 from __future__ import annotations
 
+import inspect
+import math
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -122,6 +124,56 @@ def outcome_of(
 def is_used_up(attempt: int, attempts: int | None) -> bool:
     """Say whether an attempt of this number was the last one a message gets."""
     return attempts is not None and attempt >= attempts
+
+
+def bounded(
+    outcome: Outcome,
+    delivery: Delivery,
+    *,
+    attempts: int | None,
+    exc: Exception | None = None,
+) -> Outcome:
+    """Return the outcome, or a dead letter if it asks for an attempt that there is not.
+
+    Args:
+        outcome: What was decided.
+        delivery: What it was decided for.
+        attempts: How many starts a message gets in all; None for no bound.
+        exc: What the handler raised, for the dead letter.
+    """
+    if (
+        isinstance(outcome, Requeue | Retry)
+        and outcome.counts
+        and is_used_up(delivery.attempt, attempts)
+    ):
+        failure = None if exc is None else failure_of(exc)
+        return DeadLetter(f"gave up after {delivery.attempt} attempts", failure)
+    return outcome
+
+
+def check_outcome(outcome: object, source: str) -> None:
+    """Check an outcome that comes from a user.
+
+    Args:
+        outcome: What is to be one.
+        source: Where it comes from, as the start of a sentence that goes on with its value.
+
+    Raises:
+        TypeError: It is no outcome.
+        ValueError: A number in it makes no sense.
+    """
+    if inspect.iscoroutine(outcome):
+        outcome.close()
+    match outcome:
+        case Ack() | DeadLetter():
+            return
+        case Requeue(pause=seconds) | Retry(delay=seconds):
+            if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):
+                raise ValueError(f"{source} {outcome!r}: that is no number of seconds.")
+        case _:
+            raise TypeError(
+                f"{source} {outcome!r}: it must be Ack, Requeue, Retry or DeadLetter.",
+            )
 
 
 def failure_of(exc: BaseException) -> Failure:

@@ -40,11 +40,12 @@ def identity(message: Message) -> Identity | None:
     )
 
 
-def is_same_message(one: Message, other: Message) -> bool:
-    """Say whether two deliveries may be of one message, or of a copy of it."""
-    if one.message_id or other.message_id:
-        return one.message_id == other.message_id
-    return one.body == other.body
+def common_key(message: Message) -> str | bytes:
+    """Return what a message shares with its redeliveries and its copies.
+
+    Without an id that is the body: an equal one may be the same message.
+    """
+    return message.message_id or message.body
 
 
 class RedeliveryMemory(Generic[K]):

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import logging
 import math
 import random
@@ -33,22 +32,24 @@ from aioworkq.message import (
     own_attempts,
     used_attempts,
 )
+from aioworkq.orphans import Orphans
 from aioworkq.outcome import (
     Ack,
     DeadLetter,
     Outcome,
     Requeue,
-    Retry,
+    bounded,
+    check_outcome,
     failure_of,
-    is_used_up,
     outcome_of,
 )
 from aioworkq.pace import Pace
-from aioworkq.redelivery import RedeliveryMemory, identity, is_same_message
+from aioworkq.redelivery import RedeliveryMemory, identity
 from aioworkq.settle import Settled, Settler, Unsettled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Sequence
+    from datetime import datetime
 
     from anyio.abc import TaskGroup
 
@@ -67,6 +68,8 @@ class Run(Unsettled):
     """One delivery on its way through the handler."""
 
     __slots__ = (
+        "body",
+        "came",
         "generation",
         "has_failed",
         "held",
@@ -92,6 +95,10 @@ class Run(Unsettled):
         super().__init__(delivery, subscription, tag, used)
         self.generation = generation
         """The number of its subscription."""
+        self.body: Any = None
+        """What the handler gets, once it is decoded."""
+        self.came: datetime | None = None
+        """Since when it waits for its batch, if it does."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
         self.is_trial = False
@@ -150,7 +157,7 @@ class Runs:
         self._running: dict[Run, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._unstarted: deque[Run] = deque()
-        self._orphans: list[Run] = []
+        self._orphans: Orphans[Run] = Orphans()
         self._slots_used = 0
         self._newest: Subscription | None = None
         self._generation = 0
@@ -207,7 +214,7 @@ class Runs:
 
     @property
     def in_flight(self) -> int:
-        """How many handlers run."""
+        """How many messages are in the hands of handlers."""
         return len(self._running)
 
     @property
@@ -240,8 +247,7 @@ class Runs:
         for run in self._running:
             if run.subscription.is_lost and not run.delivery.lost:
                 run.delivery.lost = True
-                if run not in self._orphans:
-                    self._orphans.append(run)
+                self._orphans.add(run)
                 if self._handler.options.on_connection_loss == "cancel" and run.scope is not None:
                     run.scope.cancel()
 
@@ -310,14 +316,13 @@ class Runs:
     def _is_held(self, run: Run) -> bool:
         """Let a redelivery, or a copy, of what still runs here wait for the end of that run."""
         message = run.delivery.message
-        for orphan in self._orphans:
-            if (run.delivery.redelivered or message.message_id) and is_same_message(
-                orphan.delivery.message,
-                message,
-            ):
-                orphan.held.append(run)
-                return True
-        return False
+        if not (run.delivery.redelivered or message.message_id):
+            return False
+        orphan = self._orphans.find(message)
+        if orphan is None:
+            return False
+        orphan.held.append(run)
+        return True
 
     def _is_known(self, run: Run) -> bool:
         """Ack a redelivery of what was done here, and whose ack was lost."""
@@ -334,9 +339,7 @@ class Runs:
 
         async def process() -> None:
             del self._trying[run]
-            self._slots_used += 1
-            self._running[run] = None
-            self._idle.clear()
+            self._take_slot(run)
             await self._process(run)
 
         self._trying[run] = self._start_task(self._trials.run_alone(run, process))
@@ -348,10 +351,14 @@ class Runs:
             self._unstarted.append(run)
 
     def _start(self, run: Run) -> None:
-        self._slots_used += 1
-        self._running[run] = None
-        self._idle.clear()
+        self._take_slot(run)
         self._start_task(self._process(run))
+
+    def _take_slot(self, *runs: Run) -> None:
+        self._slots_used += 1
+        for run in runs:
+            self._running[run] = None
+        self._idle.clear()
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         # Not by the loop's task factory, which may be eager: this is called between two steps of
@@ -374,12 +381,15 @@ class Runs:
     @property
     def _has_room(self) -> bool:
         """Whether one more may be started."""
+        return self._has_slot and not self._stopping.is_set()
+
+    @property
+    def _has_slot(self) -> bool:
         return (
             self._slots_used < self._pace.limit
             and self._resting is None
             and not self._trials.is_on
             and self._is_guarded
-            and not self._stopping.is_set()
         )
 
     def _rest(self) -> None:
@@ -404,38 +414,47 @@ class Runs:
             with run.life:
                 await self._run(run)
         finally:
-            del self._running[run]
-            self._slots_used -= 1
-            if run.has_failed and self._pace.is_slowed and not self._slots_used:
-                self._rest()
-            self._release_held(run)
-            self.start_waiting()
-            if not self._running:
-                self._idle.set()
+            self._free_slot(has_failed=run.has_failed)
+            self._end(run)
+
+    def _free_slot(self, *, has_failed: bool) -> None:
+        self._slots_used -= 1
+        if has_failed and self._pace.is_slowed and not self._slots_used:
+            self._rest()
+
+    def _end(self, run: Run) -> None:
+        """Let go of a delivery, whose message is settled, and whose handler has ended."""
+        del self._running[run]
+        self._release_held(run)
+        self.start_waiting()
+        if not self._running:
+            self._idle.set()
 
     async def _run(self, run: Run) -> None:
         """Run the handler, and settle."""
         outcome: Outcome = Requeue(counts=False)  # stands if we are cancelled before we know better
         thread = None if self._handler.is_async else ThreadCall()
         try:
-            needs_copy = run.needs_recount or run.needs_trial
-            if not (needs_copy and await self._is_replaced(run)):
-                outcome = await self._outcome(run, thread)
-                if isinstance(outcome, Requeue) and outcome.pause:
-                    await self._pause(outcome.pause)
+            outcome = await self._outcome(run, thread)
+            if isinstance(outcome, Requeue) and outcome.pause:
+                await self._pause(outcome.pause)
         finally:
-            if isinstance(outcome, Ack):
-                self._settled(run, outcome, self._settler.ack(run))
-            elif not run.is_settled:
-                with anyio.CancelScope(shield=True):
-                    await self._settle(run, outcome)
-            if run.is_marked:
-                with anyio.CancelScope(shield=True):
-                    await self._trials.unmark(run.delivery.message)
+            await self._carry_out(run, outcome)
         if thread is not None and run.was_started and run in self._orphans:
             # Its time is up and its message settled, but a thread cannot be stopped: the slot
             # stays taken, and a redelivery of the message waits, until it ends.
             await thread.has_ended.wait()
+
+    async def _carry_out(self, run: Run, outcome: Outcome) -> None:
+        """Settle a delivery, whoever is cancelled meanwhile, unless a copy is in its place."""
+        if isinstance(outcome, Ack):
+            self._settled(run, outcome, self._settler.ack(run))
+        elif not run.is_settled:
+            with anyio.CancelScope(shield=True):
+                await self._settle(run, outcome)
+        if run.is_marked:
+            with anyio.CancelScope(shield=True):
+                await self._trials.unmark(run.delivery.message)
 
     async def _is_replaced(self, run: Run) -> bool:
         """Put a copy that carries its count in the place of a delivery, if that is necessary."""
@@ -455,7 +474,22 @@ class Runs:
 
     async def _outcome(self, run: Run, thread: ThreadCall | None) -> Outcome:
         """Say what becomes of the delivery, by running the handler if it may be run."""
+        verdict = await self._admit(run)
+        if verdict is not None:
+            return verdict
+        self._begin(run)
+        result = await self._handle((run,), run.body, run.delivery, thread)
+        if result is None:
+            run.succeeded = True
+            self._note_success()
+            return _ACK
+        return self._failure(run, result) if isinstance(result, Exception) else result
+
+    async def _admit(self, run: Run) -> Outcome | None:
+        """Say what becomes of a delivery that is not handled; otherwise decode it."""
         delivery = run.delivery
+        if (run.needs_recount or run.needs_trial) and await self._is_replaced(run):
+            return Requeue(counts=False)  # it is settled
         if run.life.cancel_called:
             await checkpoint()
         if run.subscription.is_lost:
@@ -469,13 +503,15 @@ class Runs:
             is_charged = run.used > own_attempts(delivery.message.headers)
             return DeadLetter(CRASHED if is_charged else f"gave up after {run.used} attempts")
         try:
-            body = self._handler.decode(delivery)
+            run.body = self._handler.decode(delivery)
         except Exception as exc:  # a user's type may raise what no codec expects
             reason = str(exc) if isinstance(exc, DecodeError) else "the body cannot be decoded"
             return DeadLetter(reason, failure_of(exc))
-        self._memory.started(delivery.message)
+        return None
+
+    def _begin(self, run: Run) -> None:
+        self._memory.started(run.delivery.message)
         run.was_started = True
-        return await self._handle(run, body, thread)
 
     async def _begin_trial(self, run: Run) -> Outcome | None:
         """Write down that a message is started alone, unless it was before: then it crashed."""
@@ -498,45 +534,84 @@ class Runs:
         run.is_marked = True
         return None
 
-    async def _handle(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
-        """Run the handler, within its limits if it has any."""
+    async def _handle(
+        self,
+        runs: Sequence[Run],
+        body: Any,
+        delivery: Any,
+        thread: ThreadCall | None,
+    ) -> Exception | Requeue | None:
+        """Run the handler, within its limits if it has any.
+
+        Returns:
+            None if it returned, what it raised, or what becomes of deliveries that it lost.
+        """
         options = self._handler.options
         if options.timeout is None and options.on_connection_loss != "cancel":
-            return await self._call(run, body, thread)
-        with anyio.CancelScope() as run.scope:
+            return await self._call(body, delivery, thread)
+        with anyio.CancelScope() as scope:
+            for run in runs:
+                run.scope = scope
             if options.timeout is not None:
-                run.scope.deadline = anyio.current_time() + options.timeout
-            return await self._call(run, body, thread)
+                scope.deadline = anyio.current_time() + options.timeout
+            return await self._call(body, delivery, thread)
         # The scope was cancelled: by its deadline, or because the connection was lost.
-        if thread is not None and not thread.has_ended.is_set() and run not in self._orphans:
-            self._orphans.append(run)
-        if run.delivery.lost and options.on_connection_loss == "cancel":
+        if thread is not None and not thread.has_ended.is_set():
+            for run in runs:
+                self._orphans.add(run)
+        if options.on_connection_loss == "cancel" and any(run.delivery.lost for run in runs):
             return Requeue(counts=False)
-        return self._failure(run, TimeoutError(f"the handler exceeded {options.timeout:g} s"))
+        return TimeoutError(f"the handler exceeded {options.timeout:g} s")
 
-    async def _call(self, run: Run, body: Any, thread: ThreadCall | None) -> Outcome:
-        """Call the handler, and say what its return or its error means."""
+    async def _call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
+        """Call the handler, and return what it raised."""
         try:
             if thread is None:
-                await self._handler.call(body, run.delivery)
+                await self._handler.call(body, delivery)
             else:
-                await self._handler.call_in_thread(body, run.delivery, thread)
+                await self._handler.call_in_thread(body, delivery, thread)
         except Exception as exc:  # whatever a handler raises must end in an outcome
-            return self._failure(run, exc)
+            return exc
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as exc:
             if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
                 raise
-            return self._failure(run, _as_error(exc))
-        run.succeeded = True
+            return _as_error(exc)
+        return None
+
+    def _note_success(self) -> None:
         if self._pace.succeeded():
             _log.warning("Handler %s succeeds again: back to full speed.", self._handler.name)
             self._end_rest()
-        return _ACK
+
+    def _note_failure(self, run: Run) -> None:
+        if self._pace.failed(run.delivery.attempt):
+            _log.warning(
+                "Handler %s fails on nearly every message: it runs one at a time, with rests, "
+                "until one succeeds. What it needs may be down.",
+                self._handler.name,
+            )
 
     def _failure(self, run: Run, exc: Exception) -> Outcome:
         """Decide what becomes of a delivery whose handler raised, and log it."""
+        outcome = self._decide(run, exc)
+        if run.has_failed:
+            self._note_failure(run)
+            self._log_failure(run, outcome, exc)
+        return outcome
+
+    def _log_failure(self, run: Run, outcome: Outcome, exc: Exception) -> None:
+        _log.warning(
+            "Handler %s failed on %r: %s.",
+            self._handler.name,
+            run.delivery,
+            type(outcome).__name__,
+            exc_info=exc,
+        )
+
+    def _decide(self, run: Run, exc: Exception) -> Outcome:
+        """Decide what becomes of a delivery whose handler raised, and count it."""
         delivery, options = run.delivery, self._handler.options
         try:
             outcome = outcome_of(
@@ -547,32 +622,14 @@ class Runs:
                 retry=options.retry,
                 spread=random.random(),  # noqa: S311 - jitter
             )
-            _check(outcome)
+            check_outcome(outcome, "on_error returned")
         except Exception as broken:  # on_error is the user's function
             _log.exception("on_error of handler %s failed.", self._handler.name)
             outcome = outcome_of(broken, delivery, attempts=options.attempts)
-        if (
-            isinstance(outcome, Requeue | Retry)
-            and outcome.counts
-            and is_used_up(delivery.attempt, options.attempts)
-        ):
-            outcome = DeadLetter(f"gave up after {delivery.attempt} attempts", failure_of(exc))
+        outcome = bounded(outcome, delivery, attempts=options.attempts, exc=exc)
         if not isinstance(exc, Signal):
             self._settler.counts.failed += 1
             run.has_failed = True
-            if self._pace.failed(delivery.attempt):
-                _log.warning(
-                    "Handler %s fails on nearly every message: it runs one at a time, with rests, "
-                    "until one succeeds. What it needs may be down.",
-                    self._handler.name,
-                )
-            _log.warning(
-                "Handler %s failed on %r: %s.",
-                self._handler.name,
-                delivery,
-                type(outcome).__name__,
-                exc_info=exc,
-            )
         if options.on_error == "discard" and isinstance(outcome, Ack):
             self._settler.counts.discarded += 1
         return outcome
@@ -606,8 +663,7 @@ class Runs:
 
     def _release_held(self, run: Run) -> None:
         """Deal with the redeliveries that waited for the end of this run."""
-        if run in self._orphans:
-            self._orphans.remove(run)
+        self._orphans.discard(run)
         if not run.held:
             return
         done = identity(run.delivery.message) if run.is_done else None
@@ -633,6 +689,9 @@ class Runs:
     async def wait_idle(self) -> None:
         """Wait until no handler runs."""
         await self._idle.wait()
+
+    def flush(self) -> None:
+        """Start what waits for nothing but others of its batch. Called at most once, at a stop."""
 
     def end_pauses(self) -> None:
         """Give back at once what is kept for a pause: nothing is handed over here any more."""
@@ -670,24 +729,3 @@ def _as_error(exc: BaseException) -> RuntimeError:
     error = RuntimeError(text)
     error.__cause__ = exc
     return error
-
-
-def _check(outcome: object) -> None:
-    """Check what a function given as ``on_error`` returned.
-
-    Raises:
-        TypeError: It is no outcome.
-        ValueError: A number in it makes no sense.
-    """
-    if inspect.iscoroutine(outcome):
-        outcome.close()
-    match outcome:
-        case Ack() | DeadLetter():
-            return
-        case Requeue(pause=seconds) | Retry(delay=seconds):
-            if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):
-                raise ValueError(f"on_error returned {outcome!r}: that is no number of seconds.")
-        case _:
-            raise TypeError(
-                f"on_error returned {outcome!r}: it must return Ack, Requeue, Retry or DeadLetter.",
-            )

@@ -42,6 +42,8 @@ class ProducerStatistics:
 class ConsumerStatistics:
     """One consumer at one moment; the numbers count from the worker's start.
 
+    A batch handler counts once for each message of its batch.
+
     Attributes:
         queue: The queue's name.
         state: See `aioworkq.lifecycle`.

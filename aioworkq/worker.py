@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
@@ -20,7 +21,7 @@ from aioworkq.changes import Changes
 from aioworkq.connect import connection_to
 from aioworkq.consumer import Consumer
 from aioworkq.errors import ConnectionLostError, StateError
-from aioworkq.handler import Handler, OnConnectionLoss, make_handler
+from aioworkq.handler import Batching, Handler, OnConnectionLoss, make_handler
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.outbox import Outbox
 from aioworkq.producer import check_connection_options
@@ -64,6 +65,21 @@ class Register(Protocol[T]):
         function: Callable[Concatenate[T, P], R],
         /,
     ) -> Callable[Concatenate[T, P], R]:
+        """Register the handler."""
+        ...
+
+
+class RegisterBatch(Protocol[T]):
+    """The decorator that `Worker.batch_handler` returns, as `Register`.
+
+    For type checkers, a list of bodies is the handler's first parameter.
+    """
+
+    def __call__(
+        self,
+        function: Callable[Concatenate[list[T], P], R],
+        /,
+    ) -> Callable[Concatenate[list[T], P], R]:
         """Register the handler."""
         ...
 
@@ -186,17 +202,7 @@ class Worker:
         registered = as_queue(queue)
 
         def register(function: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
-            if self._was_started:
-                raise StateError(
-                    f"handler of queue {registered.name!r} cannot be registered",
-                    reason="the worker runs already",
-                    advice="Register all handlers before it is started.",
-                )
-            if registered.name in self._handlers:
-                raise ValueError(
-                    f"queue {registered.name!r} has a handler already, "
-                    f"{self._handlers[registered.name].name}: a queue has one handler per worker.",
-                )
+            self._check_free(registered.name)
             self._handlers[registered.name] = make_handler(
                 registered,
                 function,
@@ -212,6 +218,96 @@ class Worker:
             return function
 
         return register
+
+    def batch_handler(
+        self,
+        queue: Queue[T] | str,
+        *,
+        max_size: int = 100,
+        max_wait: float = 1.0,
+        concurrency: int = 1,
+        prefetch_count: int | None = None,
+        timeout: float | None = None,
+        attempts: int | None = _DEFAULT_ATTEMPTS,
+        on_error: OnError = "requeue",
+        on_connection_loss: OnConnectionLoss = "finish",
+        retry: RetryPolicy | None = None,
+        slow_down: bool = True,
+    ) -> RegisterBatch[T]:
+        """Register a function that handles many messages at a time; it is returned unchanged.
+
+        One parameter takes a list of bodies, from 1 to ``max_size``, in the order in which they
+        came; another one, annotated ``list[Delivery]``, may take their deliveries, at the same
+        positions. It returns: all are acked. It raises `BatchError`: those that it names get what
+        it says, all others are acked. It raises anything else, or exceeds its time limit: each
+        message fails as if it alone had raised it.
+
+        A batch begins when ``max_size`` messages are there, or when the oldest of them has waited
+        for ``max_wait``. A message that cannot be decoded, or has no attempt left, is dead-lettered
+        and in no batch. One that may have killed its process is a batch by itself. When the worker
+        stops, an incomplete batch begins at once, within the grace period, if a slot is free;
+        what is not in it goes back uncounted, as everything does when the grace period is 0.
+
+        Args:
+            queue: The queue; a bare name is short for ``Queue(name)`` with the type of the items
+                that the function's parameter is annotated with.
+            max_size: How many messages a batch has at most.
+            max_wait: Seconds that a message waits at most for others, while a slot is free; 0 for
+                none.
+            concurrency: How many batches run at a time, in threads too.
+            prefetch_count: How many unsettled messages RabbitMQ hands over at most; None for
+                ``max_size * (concurrency + 1)``, at most 65,535: while all slots are taken, one
+                more batch fills.
+            timeout: Seconds that one batch may take; otherwise as for `handler`.
+            attempts: How often each message is started in all; otherwise as for `handler`.
+            on_error: As for `handler`; a function is asked for each message.
+            on_connection_loss: As for `handler`; ``"cancel"`` cancels the whole batch.
+            retry: As for `handler`, for each message.
+            slow_down: As for `handler`; a run is a batch, and one failed if none of its messages
+                succeeded. While slowed, messages are handed over one by one.
+
+        Raises:
+            TypeError: The function does not take what a batch handler is given.
+            ValueError: An option is out of range, or the queue has a handler.
+            StateError: The worker runs already.
+        """
+        registered = as_queue(queue)
+        batching = Batching(max_size, max_wait)
+
+        def register(
+            function: Callable[Concatenate[list[T], P], R],
+        ) -> Callable[Concatenate[list[T], P], R]:
+            self._check_free(registered.name)
+            self._handlers[registered.name] = make_handler(
+                registered,
+                function,
+                concurrency=concurrency,
+                prefetch_count=prefetch_count,
+                timeout=timeout,
+                attempts=attempts,
+                on_error=on_error,
+                on_connection_loss=on_connection_loss,
+                retry=retry,
+                slow_down=slow_down,
+                batching=batching,
+            )
+            return function
+
+        return register
+
+    def _check_free(self, queue: str) -> None:
+        """Check that a handler of this queue can be registered."""
+        if self._was_started:
+            raise StateError(
+                f"handler of queue {queue!r} cannot be registered",
+                reason="the worker runs already",
+                advice="Register all handlers before it is started.",
+            )
+        if queue in self._handlers:
+            raise ValueError(
+                f"queue {queue!r} has a handler already, "
+                f"{self._handlers[queue].name}: a queue has one handler per worker.",
+            )
 
     # Running
 
@@ -310,17 +406,18 @@ class Worker:
         self._changes.notify()
         if self._deadline == math.inf:
             self._deadline = anyio.current_time() + self._grace
+        has_grace = self._deadline > anyio.current_time()
         async with anyio.create_task_group() as tasks:
             for consumer in self._consumers:
                 consumer.hurry()
-                tasks.start_soon(consumer.stop_consuming)
+                tasks.start_soon(functools.partial(consumer.stop_consuming, flush=has_grace))
 
     async def _drain(self, handlers: TaskGroup) -> None:
         """End what runs.
 
         No consumer takes more deliveries by now.
 
-        1. What was delivered and not started goes back.
+        1. What was delivered and not started goes back. A last batch was started before.
         2. Running handlers get until the end of the grace period; heartbeats go on.
         3. The rest is cancelled, and goes back uncounted.
         """

@@ -65,6 +65,13 @@ Dead: {"to":"Eve","amount":30}: gave up after 3 attempts
 Dead: {"to":"nobody"}: the body is not a valid Payment: Object missing required field `amount`. \
 Publish with the same Queue that the handler is registered for.
 """,
+    "batches.py": """\
+Stored 5 of 5.
+Stored 4 of 5.
+Stored 2 of 2.
+11 rows
+Dead: {"sensor":"roof","celsius":-300.0}: -300.0 degrees cannot be
+""",
     "dead_letters.py": """\
 Ada was given up after 1 attempt: failed: NotImplementedError
 Replayed: 1

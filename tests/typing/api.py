@@ -6,10 +6,13 @@ Every line with an ignore must be an error: both checkers report an ignore that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, assert_type
+from typing import TYPE_CHECKING, Any, assert_type
 
 import aioworkq
-from aioworkq import Delivery, Outcome, Producer, Queue, Reject, RetryPolicy, Worker
+from aioworkq import BatchError, Delivery, Outcome, Producer, Queue, Reject, RetryPolicy, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass
@@ -74,6 +77,40 @@ async def with_function(email: Email) -> None: ...
 async def with_unknown_word(email: Email) -> None: ...
 
 
+@worker.batch_handler(emails, max_size=50, max_wait=0.5)
+async def send_all(emails: list[Email]) -> None:
+    raise BatchError({0: Reject("no"), 1: aioworkq.Retry(5)})
+
+
+@worker.batch_handler(emails, retry=RetryPolicy(), timeout=60)
+def send_all_in_thread(emails: list[Email], deliveries: list[Delivery]) -> int:
+    return len(emails) + len(deliveries)
+
+
+@worker.batch_handler(emails)
+async def takes_any_sequence(emails: Sequence[object]) -> None: ...
+
+
+@worker.batch_handler("bare")
+async def bare_batch(bodies: list[dict[str, int]]) -> None: ...
+
+
+@worker.batch_handler(emails)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+async def wrong_items(emails: list[int]) -> None: ...
+
+
+@worker.batch_handler(emails)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+async def too_narrow_items(emails: list[HtmlEmail]) -> None: ...
+
+
+@worker.batch_handler(emails)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+async def no_list(email: Email) -> None: ...
+
+
+BatchError({"first": Reject("no")})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+BatchError({0: "no"})  # type: ignore[dict-item]  # pyright: ignore[reportArgumentType]
+
+
 async def publish(producer: Producer) -> None:
     assert_type(await producer.publish(emails, Email("ada")), str)
     await producer.publish(emails, HtmlEmail("ada", "<p>"))
@@ -86,6 +123,7 @@ async def publish(producer: Producer) -> None:
 
 async def handlers_stay_functions() -> None:
     assert_type(send_in_thread(Email("ada"), delivery()), str)
+    assert_type(send_all_in_thread([Email("ada")], [delivery()]), int)
     await send(Email("ada"))
 
 
