@@ -33,7 +33,6 @@ class BatchRuns(Runs):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._batching = self._handler.batching or Batching(1, 0)
-        self._failed_batches = 0
         self._timer: asyncio.Task[None] | None = None
         self._finishing: dict[Run, asyncio.Task[None]] = {}
 
@@ -173,10 +172,9 @@ class BatchRuns(Runs):
         failed = [run for run in batch if run.has_failed]
         if any(run.succeeded for run in batch):
             self._note_success()
-        elif failed:
-            # Another one each time: the pace asks whether it is always the same message.
-            self._failed_batches += 1
-            self._note_failure(failed[self._failed_batches % len(failed)])
+        else:
+            for run in failed:
+                self._note_failure(run)
         return outcomes
 
     def _decide_all(self, batch: list[Run], error: Exception | None) -> list[Outcome]:
