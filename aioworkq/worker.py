@@ -263,8 +263,8 @@ class Worker:
             on_error: As for `handler`; a function is asked for each message.
             on_connection_loss: As for `handler`; ``"cancel"`` cancels the whole batch.
             retry: As for `handler`, for each message.
-            slow_down: As for `handler`, once no message of a batch succeeded. While slowed, messages
-                are handed over one by one: what fails a whole batch is then found.
+            slow_down: As for `handler`, of batches in which no message succeeded. While slowed,
+                messages are handed over one by one: what fails a whole batch is then found.
 
         Raises:
             TypeError: The function does not take what a batch handler is given.
