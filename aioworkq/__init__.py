@@ -5,6 +5,9 @@ promises is in their docstrings, and in ``docs/explanation/guarantees.md`` with 
 it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from aioworkq.batch import PublishReport
 from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
 from aioworkq.errors import (
@@ -24,7 +27,6 @@ from aioworkq.errors import (
     WorkQueueError,
 )
 from aioworkq.lifecycle import ConsumerState
-from aioworkq.memory import MemoryBroker
 from aioworkq.message import Delivery, Message
 from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
 from aioworkq.producer import Producer
@@ -33,6 +35,9 @@ from aioworkq.script import run
 from aioworkq.statistics import ConsumerStatistics, ProducerStatistics, WorkerStatistics
 from aioworkq.topology import Queue
 from aioworkq.worker import Worker
+
+if TYPE_CHECKING:
+    from aioworkq.memory import MemoryBroker
 
 __version__ = "0.1.0"
 
@@ -73,3 +78,10 @@ __all__ = [
     "WorkerStatistics",
     "run",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is for tests when it is asked for."""
+    if name == "MemoryBroker":
+        return import_module("aioworkq.memory").MemoryBroker
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 from aioworkq.amqp import AmqpConnection
-from aioworkq.memory import MemoryBroker
 
 if TYPE_CHECKING:
     import ssl
 
+    from typing_extensions import TypeIs
+
     from aioworkq.broker import Connection
+    from aioworkq.memory import MemoryBroker
     from aioworkq.memory.connection import Owner
 
 _MEMORY: Final = "memory:"
@@ -38,7 +41,7 @@ def connection_to(
         url = _named(url) if url.startswith(_MEMORY) else url
     elif isinstance(url, Sequence) and any(str(one).startswith(_MEMORY) for one in url):
         raise ValueError("a list of hosts has a memory:// URL: give that one alone.")
-    if not isinstance(url, MemoryBroker):
+    if not _is_memory_broker(url):
         return AmqpConnection(
             url,
             name=name,
@@ -52,8 +55,16 @@ def connection_to(
     return url.connection(name=name, owner=owner, max_message_size=max_message_size)
 
 
+def _is_memory_broker(url: str | Sequence[str] | MemoryBroker) -> TypeIs[MemoryBroker]:
+    # Who has one has imported it; who has none shall not wait for it.
+    memory = sys.modules.get("aioworkq.memory")
+    return memory is not None and isinstance(url, memory.MemoryBroker)
+
+
 def _named(url: str) -> MemoryBroker:
     """Return the memory broker that a URL names."""
+    from aioworkq.memory import MemoryBroker  # noqa: PLC0415 - for tests, and slow to import
+
     parts = urlsplit(url)
     if not parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
         raise ValueError(

@@ -137,7 +137,7 @@ def test_all_is_what_is_public() -> None:
     imported = {
         alias.asname or alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("aioworkq.")
         for alias in node.names
     }
     assert set(names) == imported
