@@ -7,9 +7,8 @@ as in ``runs.py``: its attempts, its outcome, its pause, its end.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import Counter
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import anyio
 
@@ -17,11 +16,6 @@ from aioworkq.errors import BatchError
 from aioworkq.handler import Batching, ThreadCall
 from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome
 from aioworkq.runs import Run, Runs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-_log = logging.getLogger("aioworkq")
 
 _CLOCK_TOLERANCE: Final = 0.001
 _ACK: Final = Ack()
@@ -171,10 +165,11 @@ class BatchRuns(Runs):
         outcomes = self._decide_all(batch, result)
         failed = [run for run in batch if run.has_failed]
         if any(run.succeeded for run in batch):
-            self._note_success()
+            if self._calls.note_success():
+                self._end_rest()
         else:
             for run in failed:
-                self._note_failure(run)
+                self._calls.note_failure(run.delivery)
         return outcomes
 
     def _decide_all(self, batch: list[Run], error: Exception | None) -> list[Outcome]:
@@ -183,7 +178,12 @@ class BatchRuns(Runs):
             return [self._decide_item(run, named.get(at, _ACK)) for at, run in enumerate(batch)]
         outcomes = [self._decide(run, error) for run in batch]
         if any(run.has_failed for run in batch):
-            self._log_batch_failure(outcomes, error)
+            kinds = Counter(type(outcome).__name__ for outcome in outcomes)
+            self._calls.log_failure(
+                f"a batch of {len(batch)} messages from {self._handler.queue.name!r}",
+                ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
+                error,
+            )
         return outcomes
 
     def _decide_item(self, run: Run, named: Outcome | Exception) -> Outcome:
@@ -191,21 +191,10 @@ class BatchRuns(Runs):
         if isinstance(named, Exception):
             outcome = self._decide(run, named)
             if run.has_failed:
-                self._log_failure(run, outcome, named)
+                self._calls.log_failure(repr(run.delivery), type(outcome).__name__, named)
             return outcome
         run.succeeded = isinstance(named, Ack)
         return bounded(named, run.delivery, attempts=self._handler.options.attempts)
-
-    def _log_batch_failure(self, outcomes: Sequence[Outcome], exc: Exception) -> None:
-        kinds = Counter(type(outcome).__name__ for outcome in outcomes)
-        _log.warning(
-            "Handler %s failed on a batch of %d messages from %r: %s.",
-            self._handler.name,
-            len(outcomes),
-            self._handler.queue.name,
-            ", ".join(f"{count} {kind}" for kind, count in kinds.items()),
-            exc_info=exc,
-        )
 
     # Settling
 

@@ -14,14 +14,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import math
-import random
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from anyio.lowlevel import checkpoint
 
+from aioworkq.calls import Calls
 from aioworkq.errors import DecodeError, Signal, TopologyError, WorkQueueError
 from aioworkq.handler import ThreadCall
 from aioworkq.message import (
@@ -38,10 +37,7 @@ from aioworkq.outcome import (
     DeadLetter,
     Outcome,
     Requeue,
-    bounded,
-    check_outcome,
     failure_of,
-    outcome_of,
 )
 from aioworkq.pace import Pace
 from aioworkq.redelivery import RedeliveryMemory, identity
@@ -153,6 +149,7 @@ class Runs:
         self._context = contextvars.Context()
         options = handler.options
         self._pace = Pace(options.concurrency, slow_down=options.slow_down)
+        self._calls = Calls(handler, counts=settler.counts, pace=self._pace)
         self._resting: asyncio.Task[None] | None = None
         self._running: dict[Run, None] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -481,7 +478,8 @@ class Runs:
         result = await self._handle((run,), run.body, run.delivery, thread)
         if result is None:
             run.succeeded = True
-            self._note_success()
+            if self._calls.note_success():
+                self._end_rest()
             return _ACK
         return self._failure(run, result) if isinstance(result, Exception) else result
 
@@ -548,13 +546,13 @@ class Runs:
         """
         options = self._handler.options
         if options.timeout is None and options.on_connection_loss != "cancel":
-            return await self._call(body, delivery, thread)
+            return await self._calls.call(body, delivery, thread)
         with anyio.CancelScope() as scope:
             for run in runs:
                 run.scope = scope
             if options.timeout is not None:
                 scope.deadline = anyio.current_time() + options.timeout
-            return await self._call(body, delivery, thread)
+            return await self._calls.call(body, delivery, thread)
         # The scope was cancelled: by its deadline, or because the connection was lost.
         if thread is not None and not thread.has_ended.is_set():
             for run in runs:
@@ -563,76 +561,17 @@ class Runs:
             return Requeue(counts=False)
         return TimeoutError(f"the handler exceeded {options.timeout:g} s")
 
-    async def _call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
-        """Call the handler, and return what it raised."""
-        try:
-            if thread is None:
-                await self._handler.call(body, delivery)
-            else:
-                await self._handler.call_in_thread(body, delivery, thread)
-        except Exception as exc:  # whatever a handler raises must end in an outcome
-            return exc
-        except (KeyboardInterrupt, GeneratorExit):
-            raise
-        except BaseException as exc:
-            if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
-                raise
-            return _as_error(exc)
-        return None
-
-    def _note_success(self) -> None:
-        if self._pace.succeeded():
-            _log.warning("Handler %s succeeds again: back to full speed.", self._handler.name)
-            self._end_rest()
-
-    def _note_failure(self, run: Run) -> None:
-        if self._pace.failed(run.delivery.attempt):
-            _log.warning(
-                "Handler %s fails on nearly every message: it runs one at a time, with rests, "
-                "until one succeeds. What it needs may be down.",
-                self._handler.name,
-            )
-
     def _failure(self, run: Run, exc: Exception) -> Outcome:
         """Decide what becomes of a delivery whose handler raised, and log it."""
         outcome = self._decide(run, exc)
         if run.has_failed:
-            self._note_failure(run)
-            self._log_failure(run, outcome, exc)
+            self._calls.note_failure(run.delivery)
+            self._calls.log_failure(repr(run.delivery), type(outcome).__name__, exc)
         return outcome
-
-    def _log_failure(self, run: Run, outcome: Outcome, exc: Exception) -> None:
-        _log.warning(
-            "Handler %s failed on %r: %s.",
-            self._handler.name,
-            run.delivery,
-            type(outcome).__name__,
-            exc_info=exc,
-        )
 
     def _decide(self, run: Run, exc: Exception) -> Outcome:
-        """Decide what becomes of a delivery whose handler raised, and count it."""
-        delivery, options = run.delivery, self._handler.options
-        try:
-            outcome = outcome_of(
-                exc,
-                delivery,
-                attempts=options.attempts,
-                on_error=options.on_error,
-                retry=options.retry,
-                spread=random.random(),  # noqa: S311 - jitter
-            )
-            check_outcome(outcome, "on_error returned")
-        except Exception as broken:  # on_error is the user's function
-            _log.exception("on_error of handler %s failed.", self._handler.name)
-            outcome = outcome_of(broken, delivery, attempts=options.attempts)
-        outcome = bounded(outcome, delivery, attempts=options.attempts, exc=exc)
-        if not isinstance(exc, Signal):
-            self._settler.counts.failed += 1
-            run.has_failed = True
-        if options.on_error == "discard" and isinstance(outcome, Ack):
-            self._settler.counts.discarded += 1
-        return outcome
+        run.has_failed = not isinstance(exc, Signal)
+        return self._calls.decide(run.delivery, exc)
 
     async def _pause(self, seconds: float) -> None:
         """Keep a failed message for a moment, but not while the worker ends.
@@ -713,19 +652,3 @@ class Runs:
             async with anyio.create_task_group() as tasks:
                 for run in unstarted:
                     tasks.start_soon(self._settle, run, Requeue(counts=False))
-
-
-def _is_cancelled() -> bool:
-    """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
-    return anyio.current_effective_deadline() == -math.inf
-
-
-def _as_error(exc: BaseException) -> RuntimeError:
-    """Make an error of what a handler raised that is none."""
-    if isinstance(exc, asyncio.CancelledError):
-        text = "the handler raised CancelledError, though the worker did not cancel it"
-    else:
-        text = f"the handler raised {type(exc).__name__}"
-    error = RuntimeError(text)
-    error.__cause__ = exc
-    return error

@@ -38,6 +38,7 @@ LAYERS: dict[str, int] = {
     "producer": 7,
     "trials": 7,
     "orphans": 7,
+    "calls": 7,
     "runs": 8,
     "batches": 9,
     "consumer": 10,

@@ -1,0 +1,129 @@
+"""The calls of one handler: what it raised, and what that means.
+
+Whatever a handler raises ends in an outcome here; only what ends the process, or comes from the
+worker itself, goes through. Nothing is settled here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from aioworkq.errors import Signal
+from aioworkq.outcome import Ack, Outcome, bounded, check_outcome, outcome_of
+
+if TYPE_CHECKING:
+    from aioworkq.handler import Handler, ThreadCall
+    from aioworkq.message import Delivery
+    from aioworkq.pace import Pace
+    from aioworkq.settle import Counts
+
+_log = logging.getLogger("aioworkq")
+
+
+class Calls:
+    """Calls a handler, decides what its errors mean, and tells its pace of them.
+
+    Args:
+        handler: What is called.
+        counts: Where failures are counted.
+        pace: What is told of successes and failures.
+    """
+
+    def __init__(self, handler: Handler, *, counts: Counts, pace: Pace) -> None:
+        self._handler = handler
+        self._counts = counts
+        self._pace = pace
+
+    async def call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
+        """Call the handler, and return what it raised.
+
+        Args:
+            body: The body, or the list of them.
+            delivery: The delivery, or the list of them.
+            thread: The call's thread, if it has one.
+        """
+        try:
+            if thread is None:
+                await self._handler.call(body, delivery)
+            else:
+                await self._handler.call_in_thread(body, delivery, thread)
+        except Exception as exc:  # whatever a handler raises must end in an outcome
+            return exc
+        except (KeyboardInterrupt, GeneratorExit):
+            raise
+        except BaseException as exc:
+            if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
+                raise
+            return _as_error(exc)
+        return None
+
+    def decide(self, delivery: Delivery, exc: Exception) -> Outcome:
+        """Decide what becomes of a delivery whose handler raised, and count it."""
+        options = self._handler.options
+        try:
+            outcome = outcome_of(
+                exc,
+                delivery,
+                attempts=options.attempts,
+                on_error=options.on_error,
+                retry=options.retry,
+                spread=random.random(),  # noqa: S311 - jitter
+            )
+            check_outcome(outcome, "on_error returned")
+        except Exception as broken:  # on_error is the user's function
+            _log.exception("on_error of handler %s failed.", self._handler.name)
+            outcome = outcome_of(broken, delivery, attempts=options.attempts)
+        outcome = bounded(outcome, delivery, attempts=options.attempts, exc=exc)
+        if not isinstance(exc, Signal):
+            self._counts.failed += 1
+        if options.on_error == "discard" and isinstance(outcome, Ack):
+            self._counts.discarded += 1
+        return outcome
+
+    def note_success(self) -> bool:
+        """Take note of a success, and say whether it ends the slow pace."""
+        if not self._pace.succeeded():
+            return False
+        _log.warning("Handler %s succeeds again: back to full speed.", self._handler.name)
+        return True
+
+    def note_failure(self, delivery: Delivery) -> None:
+        """Take note of a failure, which may begin the slow pace."""
+        if self._pace.failed(delivery.message_id or hash(delivery.body)):
+            _log.warning(
+                "Handler %s fails on nearly every message: it runs one at a time, with rests, "
+                "until one succeeds. What it needs may be down.",
+                self._handler.name,
+            )
+
+    def log_failure(self, what: str, outcome: str, exc: Exception) -> None:
+        """Log what the handler failed on, and what becomes of it."""
+        _log.warning(
+            "Handler %s failed on %s: %s.",
+            self._handler.name,
+            what,
+            outcome,
+            exc_info=exc,
+        )
+
+
+def _is_cancelled() -> bool:
+    """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
+    return anyio.current_effective_deadline() == -math.inf
+
+
+def _as_error(exc: BaseException) -> RuntimeError:
+    """Make an error of what a handler raised that is none."""
+    if isinstance(exc, asyncio.CancelledError):
+        text = "the handler raised CancelledError, though the worker did not cancel it"
+    else:
+        text = f"the handler raised {type(exc).__name__}"
+    error = RuntimeError(text)
+    error.__cause__ = exc
+    return error
