@@ -43,7 +43,7 @@ class BatchRuns(Runs):
             left = self._time_left()
             if len(self._unstarted) < self._size and left > 0:
                 if self._timer is None:
-                    self._timer = self._start_task(self._wait_due(left))
+                    self._timer = self._start_task(self._wait_due(self._unstarted[0], left))
                 return
             self._start_batch()
 
@@ -62,14 +62,14 @@ class BatchRuns(Runs):
         came = self._unstarted[0].came
         if came is None:
             return 0
-        # The time of day may be set back: nobody waits for longer because of that.
         waited = max(0, (self._settler.connection.now() - came).total_seconds())
         left = self._batching.max_wait - waited
         return left if left > _CLOCK_TOLERANCE else 0
 
-    async def _wait_due(self, seconds: float) -> None:
+    async def _wait_due(self, oldest: Run, seconds: float) -> None:
         """Wait until the delivery that is the oldest now is due; a batch may take it before."""
         await self._settler.connection.sleep(seconds, until=self._may_go_back)
+        oldest.came = None  # due, even if the time of day was set back meanwhile
         self._timer = None
         self.start_waiting()
 

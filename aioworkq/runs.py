@@ -94,7 +94,7 @@ class Run(Unsettled):
         self.body: Any = None
         """What the handler gets, once it is decoded."""
         self.came: datetime | None = None
-        """Since when it waits for its batch, if it does."""
+        """Since when it waits for others of its batch; None if it waits no longer."""
         self.needs_recount = False
         """Whether the queue could not count one more start of it."""
         self.is_trial = False

@@ -587,6 +587,27 @@ async def test_a_stop_while_a_batch_runs(
     assert worker.statistics().handled == (3 if grace else 0)
 
 
+async def test_cancelling_the_worker_starts_nothing(
+    broker: Broker, url: str, queue_name: str
+) -> None:
+    """Only a stop hands over a last batch: cancelled, the worker gives back what waits."""
+    queue = Queue(queue_name, int)
+    worker = Worker(url)
+    batches: list[list[int]] = []
+
+    @worker.batch_handler(queue, max_wait=LONG)
+    async def handle(numbers: list[int]) -> None:
+        batches.append(numbers)
+
+    async with anyio.create_task_group() as tasks, Producer(url) as producer:
+        await tasks.start(worker.run)
+        await publish_all(producer, queue, range(5))
+        await eventually(lambda: worker.statistics().waiting == 5)
+        tasks.cancel_scope.cancel()
+    assert batches == []
+    assert await broker.ready(queue_name) == 5
+
+
 async def test_a_stop_ends_pauses(url: str, queue_name: str) -> None:
     """A message that is kept for a moment goes back when the worker stops."""
     queue = Queue(queue_name, int)
@@ -658,6 +679,46 @@ async def test_a_lost_connection_runs_nothing_twice(
     assert worker.statistics().handled == 4
     assert worker.statistics().stale_settles == 4
     assert await broker.ready(queue_name) == 0
+
+
+@TYPES
+async def test_many_losses_lose_nothing(
+    broker: Broker, proxy: Proxy, proxy_url: str, url: str, queue_name: str, kind: QueueType
+) -> None:
+    """Lost again and again, while some messages fail and some are refused: each has its end."""
+    queue = Queue(queue_name, int, type=kind)
+    worker = Worker(proxy_url)
+    handled: set[int] = set()
+    failed: set[int] = set()
+
+    @worker.batch_handler(queue, max_size=20, max_wait=0.05, concurrency=2, attempts=5)
+    async def handle(numbers: list[int]) -> None:
+        await anyio.lowlevel.checkpoint()
+        named: dict[int, Outcome | Exception] = {}
+        for position, number in enumerate(numbers):
+            if number % 10 == 3:
+                named[position] = Reject("three")
+            elif number % 10 == 5 and number not in failed:
+                failed.add(number)
+                named[position] = ValueError("five")
+            else:
+                handled.add(number)
+        raise BatchError(named)
+
+    async with worker, Producer(url) as producer:
+        for start in range(0, 500, 50):
+            await publish_all(producer, queue, range(start, start + 50))
+            proxy.cut()
+        await eventually(lambda: len(handled) == 450)
+        dead: dict[int, str] = {}
+
+        async def all_are_dead() -> bool:
+            for one in await broker.take_all(queue.dead_letter_queue):
+                dead[int(one.body)] = headers_of(one)["x-aioworkq-reason"]
+            return len(dead) >= 50
+
+        await eventually(all_are_dead)
+    assert dead == dict.fromkeys(range(3, 500, 10), "three")
 
 
 async def test_a_lost_connection_may_cancel_a_batch(
