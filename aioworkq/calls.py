@@ -95,7 +95,7 @@ class Calls:
 
     def note_failure(self, delivery: Delivery) -> None:
         """Take note of a failure, which may begin the slow pace."""
-        if self._pace.failed(delivery.message_id or hash(delivery.body)):
+        if self._pace.failed(delivery.attempt):
             _log.warning(
                 "Handler %s fails on nearly every message: it runs one at a time, with rests, "
                 "until one succeeds. What it needs may be down.",

@@ -651,4 +651,9 @@ class Runs:
         with anyio.CancelScope(shield=True):
             async with anyio.create_task_group() as tasks:
                 for run in unstarted:
-                    tasks.start_soon(self._settle, run, Requeue(counts=False))
+                    tasks.start_soon(self._give_back, run)
+
+    async def _give_back(self, run: Run) -> None:
+        # As a plain copy a suspect would be one no more: its charges would look like its own.
+        if not (run.needs_trial and await self._is_replaced(run)):
+            await self._settle(run, Requeue(counts=False))
