@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworkq import ConnectionLostError, Message, TopologyError
+from aioworkq import ConnectionLostError, MemoryBroker, Message, TopologyError
 from aioworkq.broker import Confirm
 from aioworkq.topology import Binding, ExchangeDeclaration, QueueDeclaration
 from tests.conformance.subject import (
@@ -305,9 +305,10 @@ async def test_a_queue_can_be_deleted(subject: Subject, arguments: dict[str, Any
 
 async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
     """With x-expires, a queue goes when it had no consumer, and nobody looked, for so long."""
+    lease = 50 if isinstance(subject.address, MemoryBroker) else 500  # milliseconds
     async with subject.connect() as connection:
-        await start(connection, {"x-expires": 500}, queue="unused")
-        await start(connection, {"x-expires": 500}, queue="used")
+        await start(connection, {"x-expires": lease}, queue="unused")
+        await start(connection, {"x-expires": lease}, queue="used")
         consumer = await consume(connection, "used")
         publishing = await publisher(connection)
 
