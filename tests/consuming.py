@@ -31,6 +31,7 @@ async def eventually(
     timeout: float = PATIENCE,
 ) -> None:
     """Wait until a function, or a coroutine function, returns something true."""
+    pause = 0.001
     async with asyncio.timeout(timeout):
         while True:
             value = fact(*arguments)
@@ -38,7 +39,8 @@ async def eventually(
                 value = await value
             if value:
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(pause)
+            pause = min(0.01, 2 * pause)
 
 
 class Broker:
