@@ -341,11 +341,9 @@ class AmqpConnection:
         timeout: float,
     ) -> AbstractChannel:
         connection = self._require(what)
-        opening = connection.channel(
-            publisher_confirms=confirms,
-            frame_buffer_size=frame_buffer,
-            timeout=timeout,
-        )
+        # Without a time limit of aiormq's: it waits by `asyncio.wait_for`, which on Python 3.11 may
+        # forget the cancellation of a call that it delays. `guarded` has the limit.
+        opening = connection.channel(publisher_confirms=confirms, frame_buffer_size=frame_buffer)
         try:
             return await guarded(opening, connection, timeout=timeout, what=what)
         except aiormq_errors.ChannelClosed as exc:

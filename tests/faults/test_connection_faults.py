@@ -377,6 +377,44 @@ async def test_three_hundred_reconnects_leave_nothing(
         assert len(connection._tasks) == 2
 
 
+@pytest.mark.parametrize("turns", range(1, 9))
+async def test_a_cancelled_opening_of_a_channel_ends_at_once(
+    turns: int, proxy: Proxy, proxy_url: str
+) -> None:
+    """Whichever turn of the event loop it is cancelled in.
+
+    `asyncio.wait_for` of Python 3.11 forgets a cancellation that meets the end of what it waits
+    for: the call then waited for its whole time limit, and with it the end of its connection.
+    """
+    connection = AmqpConnection(
+        proxy_url,
+        name="test",
+        heartbeat=10,
+        connect_timeout=10,
+        ssl_context=None,
+        max_message_size=2**24,
+    )
+    await connection.start()
+    try:
+        await connection.wait_connected()
+        proxy.stall()
+        opening = asyncio.ensure_future(connection.open_publish_channel(timeout=60))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        opening.cancel()
+        await asyncio.wait({opening})
+        await eventually(lambda: not _calls_under_way(), timeout=5)
+    finally:
+        proxy.cut()
+        await connection.aclose(timeout=1)
+
+
+def _calls_under_way() -> list[str]:
+    """Return aiormq's calls that wait for an answer."""
+    names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
+    return [name for name in names if name in {"Connection.channel", "Channel.rpc"}]
+
+
 async def test_many_short_lives_leave_no_socket(url: str, queue: Queue[bytes]) -> None:
     """Producers that are opened and closed give back every socket and task."""
     async with Producer(url) as producer:
