@@ -29,6 +29,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import re
+import signal
 import threading
 import time
 import uuid
@@ -58,6 +59,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the library as on an aiormq that lacks a name which its fast paths use",
     )
+
+
+def pytest_configure() -> None:
+    """Let programs be interrupted that tests start: a shell's background jobs ignore SIGINT."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
