@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.consuming import eventually
+
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
@@ -37,9 +39,15 @@ async def memory_alarm(node: RabbitMQ) -> AsyncGenerator[None]:
     monitor = "vm_memory_monitor:set_vm_memory_high_watermark"
     await node.eval(f"{monitor}(0.00001)")
     try:
+        # The connections are told after the call has returned.
+        await eventually(_is_alarmed, node)
         yield
     finally:
         await node.eval(f"{monitor}({{absolute, 1000000000}})")
+
+
+async def _is_alarmed(node: RabbitMQ) -> bool:
+    return "memory" in await node.eval("rabbit_alarm:get_alarms()")
 
 
 def is_cut_off(producer: Producer) -> bool:

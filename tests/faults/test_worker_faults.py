@@ -37,6 +37,7 @@ from tests.consuming import (
     publish_with_pika,
 )
 from tests.proxy import Proxy
+from tests.publishing import memory_alarm
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -666,20 +667,15 @@ async def test_alarm_does_not_stop_workers(node: RabbitMQ, node_url: str, queue_
 
         async with Producer(node_url) as producer:
             await publish_all(producer, Queue(queue_name, int), range(30))
-            await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
-            try:
-                await eventually(lambda: is_alarmed(node))
-                async with worker:
-                    await eventually(lambda: len(handled) == 10)
-                    proxy.cut()
-                    await eventually(lambda: losses(worker, queue_name) == 1)
-                    await worker.wait_ready()
-                    go.set()
-                    await eventually(lambda: set(handled) == set(range(30)))
-                    assert worker.is_ready
-                    assert not worker._connection.is_blocked
-            finally:
-                await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+            async with memory_alarm(node), worker:
+                await eventually(lambda: len(handled) == 10)
+                proxy.cut()
+                await eventually(lambda: losses(worker, queue_name) == 1)
+                await worker.wait_ready()
+                go.set()
+                await eventually(lambda: set(handled) == set(range(30)))
+                assert worker.is_ready
+                assert not worker._connection.is_blocked
 
 
 async def test_stop_during_an_alarm(node: RabbitMQ, node_url: str, queue_name: str) -> None:
@@ -692,20 +688,11 @@ async def test_stop_during_an_alarm(node: RabbitMQ, node_url: str, queue_name: s
 
     async with Broker(node_url) as broker, Producer(node_url) as producer:
         await publish_all(producer, Queue(queue_name, int), range(50))
-        await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.00001)")
-        try:
-            await eventually(lambda: is_alarmed(node))
-            async with worker, asyncio.timeout(60):
-                await eventually(lambda: worker.statistics().waiting == 19)
-                worker.stop()
-        finally:
-            await node.eval("vm_memory_monitor:set_vm_memory_high_watermark(0.4)")
+        async with memory_alarm(node), worker, asyncio.timeout(60):
+            await eventually(lambda: worker.statistics().waiting == 19)
+            worker.stop()
         left = {int(message.body) for message in await broker.take_all(queue_name)}
     assert left == set(range(50))
-
-
-async def is_alarmed(node: RabbitMQ) -> bool:
-    return "memory" in await node.eval("rabbit_alarm:get_alarms()")
 
 
 # Odd messages
