@@ -7,16 +7,16 @@ to know of its founder is in ``_node.py``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import anyio
 
+from aioworkq._lifetime import Lifetime
 from aioworkq._node_parts import NodeError
 from aioworkq.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
-    from types import TracebackType
 
     from aioworkq.testing import RabbitMQ
 
@@ -29,7 +29,7 @@ _COUNT_RUNNING = """
 """
 
 
-class RabbitMQCluster:
+class RabbitMQCluster(Lifetime):
     """A cluster of private RabbitMQ nodes on loopback ports, which goes as a whole.
 
     ::
@@ -81,22 +81,6 @@ class RabbitMQCluster:
     def __repr__(self) -> str:
         running = sum(node.is_running for node in self._nodes)
         return f"<RabbitMQCluster: {running} of {len(self._nodes)} nodes running>"
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     @property
     def nodes(self) -> tuple[RabbitMQ, ...]:

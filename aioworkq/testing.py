@@ -15,10 +15,11 @@ import os
 import re
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from aioworkq._cluster import RabbitMQCluster
+from aioworkq._lifetime import Lifetime
 from aioworkq._node import Node
 from aioworkq._node_parts import HOST, NodeError, NotInstalledError
 from aioworkq._testing_kit import Drained, deliver, drain
@@ -26,7 +27,6 @@ from aioworkq.errors import StateError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from types import TracebackType
 
 __all__ = [
     "Drained",
@@ -59,7 +59,7 @@ class TLSFiles:
     cafile: str | os.PathLike[str] | None = None
 
 
-class RabbitMQ:
+class RabbitMQ(Lifetime):
     """A private RabbitMQ node on loopback ports, in a folder of its own that goes with it.
 
     ::
@@ -124,22 +124,6 @@ class RabbitMQ:
         state = "closed" if self._is_closed else "running" if self.is_running else "stopped"
         where = f"on port {self._node.ports.amqp}" if self._node else "without a port"
         return f"<RabbitMQ {where}: {state}>"
-
-    async def __aenter__(self) -> Self:
-        try:
-            await self.start()
-        except BaseException:
-            await self.aclose()
-            raise
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc_value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        await self.aclose()
 
     @property
     def version(self) -> str:

@@ -49,6 +49,7 @@ LAYERS: dict[str, int] = {
     "_testing_kit": 12,
     "pytest_plugin": 12,
     "_cluster": 12,
+    "_lifetime": 12,
     "_node": 12,
     "_node_parts": 12,
     "_watchdog": 12,

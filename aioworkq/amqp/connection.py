@@ -34,7 +34,7 @@ from aioworkq.amqp.features import explain, missing_names
 from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
-from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal
+from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal, retrieve
 from aioworkq.amqp.transport import BoundedTransportFactory
 from aioworkq.amqp.url import display, parse_urls
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, Wire, encode
@@ -221,7 +221,7 @@ class AmqpConnection:
             # Trying again cannot help, and may get the user locked out.
             stop = asyncio.get_running_loop().create_task(self._robust.close())
             self._tasks.append(stop)
-            stop.add_done_callback(_retrieve)
+            stop.add_done_callback(retrieve)
 
     def _raise_refused(self) -> None:
         """Raise the error of a connection that can never be: a new one for everybody."""
@@ -373,7 +373,7 @@ class AmqpConnection:
         task = asyncio.ensure_future(self._declare(tuple(declarations), timeout=timeout))
         self._declaring.add(task)
         task.add_done_callback(self._declaring.discard)
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
         await asyncio.wait({task})
         task.result()
 
@@ -502,7 +502,7 @@ class AmqpConnection:
         with anyio.CancelScope(shield=True):
             if robust is not None and not robust.is_closed:
                 closing = asyncio.ensure_future(robust.close())
-                closing.add_done_callback(_retrieve)
+                closing.add_done_callback(retrieve)
                 try:
                     await asyncio.wait({closing}, timeout=timeout)
                 finally:
@@ -514,11 +514,6 @@ class AmqpConnection:
             if self._declaring:
                 await asyncio.wait(self._declaring, timeout=_ABORT_GRACE)
         self._current = self._link = None
-
-
-def _retrieve(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 def _is_tls_refusal(exc: BaseException | None) -> bool:

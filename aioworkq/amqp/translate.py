@@ -102,10 +102,10 @@ async def guarded(
             closing.cancel()
         if not task.done():
             task.cancel()
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
 
 
-def _retrieve(task: asyncio.Future[Any]) -> None:
+def retrieve(task: asyncio.Future[Any]) -> None:
     """Look at an abandoned call's error, so that asyncio does not report it as never seen."""
     if not task.cancelled():
         task.exception()
