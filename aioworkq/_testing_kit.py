@@ -153,7 +153,7 @@ async def _outcome_of(handler: Handler, message: Message) -> Outcome:
     broker.node.declare(QueueDeclaration(handler.queue.name, {}))
     broker.node.publish(connection.prepare(message))
     recorder = _Recorder(handler.queue, connection)
-    runs = (_WithoutPauses if handler.batching is None else _BatchOfOne)(
+    runs = (_WithoutPauses if handler.options.batching is None else _BatchOfOne)(
         handler,
         settler=recorder,
         stopping=anyio.Event(),

@@ -13,7 +13,8 @@ from typing import Any, Final
 import anyio
 
 from aioworkq.errors import BatchError
-from aioworkq.handler import Batching, ThreadCall
+from aioworkq.handler import ThreadCall
+from aioworkq.options import Batching
 from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome
 from aioworkq.runs import Run, Runs
 
@@ -26,7 +27,7 @@ class BatchRuns(Runs):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._batching = self._handler.batching or Batching(1, 0)
+        self._batching = self._handler.options.batching or Batching(1, 0)
         self._timer: asyncio.Task[None] | None = None
         self._finishing: dict[Run, asyncio.Task[None]] = {}
 

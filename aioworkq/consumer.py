@@ -89,7 +89,7 @@ class Consumer:
         self._was_subscribed = False
         self._trials = trials
         trials.join(self)
-        self._runs = (Runs if handler.batching is None else BatchRuns)(
+        self._runs = (Runs if handler.options.batching is None else BatchRuns)(
             handler,
             settler=self._settler,
             stopping=stopping,

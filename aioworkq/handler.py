@@ -1,4 +1,4 @@
-"""A user's function as a handler: its signature, its options, its call.
+"""A user's function as a handler: its signature, its call.
 
 A coroutine function is awaited; a plain function runs in a thread. Parameters are bound by
 annotation: one takes the body, one annotated `Delivery`, if there is one, the delivery. A batch
@@ -11,15 +11,13 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import math
-import os
 import re
 import threading
 import types
 import typing
 from collections.abc import Collection, Iterable, MutableSequence, Reversible, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
 
 import anyio
 import anyio.to_thread
@@ -30,59 +28,15 @@ from aioworkq.message import Delivery
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aioworkq.outcome import OnError
-    from aioworkq.retry import RetryPolicy
+    from aioworkq.options import Options
     from aioworkq.topology import Queue
 
-OnConnectionLoss: TypeAlias = Literal["finish", "cancel"]
-
-_ASYNC_CONCURRENCY: Final = 10
-_MAX_PREFETCH: Final = 65_535
 _EXAMPLE: Final = "Write it as `async def handle(body: Email, delivery: Delivery) -> None`"
 _BATCH_EXAMPLE: Final = (
     "Write it as `async def handle(bodies: list[Email], deliveries: list[Delivery]) -> None`"
 )
-_BATCH_CONCURRENCY: Final = 1
 _LISTS: Final = frozenset({list, Sequence, MutableSequence, Collection, Iterable, Reversible})
 """What a parameter that gets a list may be annotated with."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What `Worker.handler` was given, checked."""
-
-    concurrency: int
-    prefetch_count: int
-    timeout: float | None
-    attempts: int | None
-    on_error: OnError
-    on_connection_loss: OnConnectionLoss
-    retry: RetryPolicy | None = None
-    slow_down: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Batching:
-    """How the batches of a batch handler are made.
-
-    Attributes:
-        max_size: How many messages a batch has at most.
-        max_wait: Seconds that a message waits at most for others of its batch.
-    """
-
-    max_size: int
-    max_wait: float
-
-    def __post_init__(self) -> None:
-        if not _is_whole(self.max_size) or not 1 <= self.max_size <= _MAX_PREFETCH:
-            raise ValueError(
-                f"max_size is {self.max_size!r}: it must be a whole number from 1 to "
-                f"{_MAX_PREFETCH}, as many as RabbitMQ hands over unsettled.",
-            )
-        if not 0 <= self.max_wait < math.inf:
-            raise ValueError(
-                f"max_wait is {self.max_wait!r}: it must be a number of seconds, 0 or more.",
-            )
 
 
 class ThreadCall:
@@ -112,9 +66,9 @@ class Handler:
     delivery_parameter: str | None
     codec: Codec
     options: Options
+    concurrency: int
+    prefetch_count: int
     name: str
-    batching: Batching | None = None
-    """None for a handler that takes one message."""
 
     def decode(self, delivery: Delivery) -> Any:
         """Decode a delivery's body.
@@ -172,41 +126,28 @@ class Handler:
         return {self.body_parameter: body, self.delivery_parameter: delivery}
 
 
-def make_handler(
-    queue: Queue[Any],
-    function: Callable[..., Any],
-    *,
-    concurrency: int | None,
-    prefetch_count: int | None,
-    timeout: float | None,
-    attempts: int | None,
-    on_error: OnError,
-    on_connection_loss: OnConnectionLoss,
-    retry: RetryPolicy | None,
-    slow_down: bool,
-    batching: Batching | None = None,
-) -> Handler:
-    """Check a function and its options, and make a handler of them.
+def make_handler(queue: Queue[Any], function: Callable[..., Any], options: Options) -> Handler:
+    """Check a function, and make a handler of it.
 
     Raises:
         TypeError: The function does not take what a handler is given.
-        ValueError: An option is out of range.
     """
     name = getattr(function, "__qualname__", None) or repr(function)
     if not callable(function):
         raise TypeError(f"a handler is a function, not {function!r}.")
     if _is_generator(function):
         raise TypeError(f"handler {name} is a generator function: it must return, not yield.")
-    is_async = _is_async(function)
-    body, delivery, annotation = _bind(function, name, is_batch=batching is not None)
+    is_async, is_batch = _is_async(function), options.batching is not None
+    body, delivery, annotation = _bind(function, name, is_batch=is_batch)
     body_type = queue.body_type
     if body_type is Any:
         body_type = annotation
     elif not _accepts(annotation, body_type):
-        takes = _show(annotation) if batching is None else f"a list of {_show(annotation)}"
+        article = "a list of " if is_batch else ""
         raise TypeError(
-            f"handler {name} takes {takes}, but the bodies of queue {queue.name!r} are "
-            f"{_show(body_type)}: annotate the parameter with {_article(batching)}that type.",
+            f"handler {name} takes {article}{_show(annotation)}, but the bodies of queue "
+            f"{queue.name!r} are {_show(body_type)}: annotate the parameter with {article}that "
+            "type.",
         )
     return Handler(
         queue=queue,
@@ -216,109 +157,10 @@ def make_handler(
         delivery_parameter=delivery,
         codec=codec_for(body_type),
         name=name,
-        batching=batching,
-        options=_check_options(
-            batching=batching,
-            is_async=is_async,
-            concurrency=concurrency,
-            prefetch_count=prefetch_count,
-            timeout=timeout,
-            attempts=attempts,
-            on_error=on_error,
-            on_connection_loss=on_connection_loss,
-            retry=retry,
-            slow_down=slow_down,
-        ),
+        options=options,
+        concurrency=options.concurrency_of(is_async=is_async),
+        prefetch_count=options.prefetch_count_of(is_async=is_async),
     )
-
-
-def _article(batching: Batching | None) -> str:
-    return "" if batching is None else "a list of "
-
-
-def _check_options(
-    *,
-    batching: Batching | None,
-    is_async: bool,
-    concurrency: int | None,
-    prefetch_count: int | None,
-    timeout: float | None,
-    attempts: int | None,
-    on_error: OnError,
-    on_connection_loss: OnConnectionLoss,
-    retry: RetryPolicy | None,
-    slow_down: bool,
-) -> Options:
-    concurrency, prefetch_count = _check_numbers(
-        concurrency,
-        prefetch_count,
-        is_async=is_async,
-        batching=batching,
-    )
-    if timeout is not None and not timeout > 0:
-        raise ValueError(f"timeout is {timeout!r}: it must be more than 0 seconds, or None.")
-    if attempts is not None and (not _is_whole(attempts) or attempts < 1):
-        raise ValueError(f"attempts is {attempts!r}: it must be a whole number from 1, or None.")
-    if not callable(on_error) and on_error not in {"requeue", "dead-letter", "discard"}:
-        raise ValueError(
-            f"on_error is {on_error!r}: it must be 'requeue', 'dead-letter', 'discard', or a "
-            "function of exception and delivery that returns an outcome.",
-        )
-    if on_connection_loss not in {"finish", "cancel"}:
-        raise ValueError(
-            f"on_connection_loss is {on_connection_loss!r}: it must be 'finish' or 'cancel'.",
-        )
-    if retry is not None:
-        if on_error != "requeue":
-            raise ValueError(
-                f"retry and on_error={on_error!r} are both given: a retry policy is what "
-                "happens on an error. Give one of them.",
-            )
-        attempts = retry.attempts
-    return Options(
-        concurrency=concurrency,
-        prefetch_count=prefetch_count,
-        timeout=timeout,
-        attempts=attempts,
-        on_error=on_error,
-        on_connection_loss=on_connection_loss,
-        retry=retry,
-        slow_down=slow_down,
-    )
-
-
-def _check_numbers(
-    concurrency: int | None,
-    prefetch_count: int | None,
-    *,
-    is_async: bool,
-    batching: Batching | None,
-) -> tuple[int, int]:
-    """Return how many runs there are at a time, and how many unsettled deliveries."""
-    if concurrency is None and batching is not None:
-        concurrency = _BATCH_CONCURRENCY
-    elif concurrency is None:
-        concurrency = _ASYNC_CONCURRENCY if is_async else os.cpu_count() or 1
-    if not _is_whole(concurrency) or concurrency < 1:
-        raise ValueError(f"concurrency is {concurrency!r}: it must be a whole number from 1.")
-    if prefetch_count is None:
-        wanted = concurrency if batching is None else batching.max_size * (concurrency + 1)
-        prefetch_count = min(wanted, _MAX_PREFETCH)
-    if not _is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
-        raise ValueError(
-            f"prefetch_count is {prefetch_count!r}: it must be a whole number from 1 to "
-            f"{_MAX_PREFETCH}. No bound at all (0) would pull a whole backlog into memory.",
-        )
-    if batching is not None and prefetch_count < batching.max_size:
-        raise ValueError(
-            f"prefetch_count is {prefetch_count}: no batch would ever have its max_size of "
-            f"{batching.max_size} messages. Give at least as many, or leave it out.",
-        )
-    return concurrency, prefetch_count
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)
 
 
 def _unwrap(function: Any) -> Any:

@@ -147,8 +147,7 @@ class Runs:
         self._is_cautious = False
         self._is_guarded = False
         self._context = contextvars.Context()
-        options = handler.options
-        self._pace = Pace(options.concurrency, slow_down=options.slow_down)
+        self._pace = Pace(handler.concurrency, slow_down=handler.options.slow_down)
         self._calls = Calls(handler, counts=settler.counts, pace=self._pace)
         self._resting: asyncio.Task[None] | None = None
         self._running: dict[Run, None] = {}
@@ -161,7 +160,7 @@ class Runs:
         # Of acks it keeps the number of the subscription, not the subscription: that would keep
         # the channel, the connection and its socket.
         self._memory: RedeliveryMemory[int] = RedeliveryMemory(
-            size=max(_MEMORY, 4 * handler.options.prefetch_count),
+            size=max(_MEMORY, 4 * handler.prefetch_count),
         )
         self._idle = asyncio.Event()
         self._idle.set()
@@ -228,7 +227,7 @@ class Runs:
     @property
     def prefetch_count(self) -> int:
         """How many deliveries to ask for: one by one while they come for a trial."""
-        return 1 if self._is_cautious else self._handler.options.prefetch_count
+        return 1 if self._is_cautious else self._handler.prefetch_count
 
     def forget_lost(self) -> None:
         """Take note of what cannot be settled any more, because its subscription is lost."""

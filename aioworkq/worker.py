@@ -21,8 +21,9 @@ from aioworkq.changes import Changes
 from aioworkq.connect import connection_to
 from aioworkq.consumer import Consumer
 from aioworkq.errors import ConnectionLostError, StateError
-from aioworkq.handler import Batching, Handler, OnConnectionLoss, make_handler
+from aioworkq.handler import Handler, make_handler
 from aioworkq.lifecycle import ConsumerState
+from aioworkq.options import Batching, OnConnectionLoss, Options
 from aioworkq.outbox import Outbox
 from aioworkq.producer import check_connection_options
 from aioworkq.statistics import WorkerStatistics
@@ -200,21 +201,19 @@ class Worker:
             StateError: The worker runs already.
         """
         registered = as_queue(queue)
+        options = Options(
+            concurrency=concurrency,
+            prefetch_count=prefetch_count,
+            timeout=timeout,
+            attempts=attempts,
+            on_error=on_error,
+            on_connection_loss=on_connection_loss,
+            retry=retry,
+            slow_down=slow_down,
+        )
 
         def register(function: Callable[Concatenate[T, P], R]) -> Callable[Concatenate[T, P], R]:
-            self._check_free(registered.name)
-            self._handlers[registered.name] = make_handler(
-                registered,
-                function,
-                concurrency=concurrency,
-                prefetch_count=prefetch_count,
-                timeout=timeout,
-                attempts=attempts,
-                on_error=on_error,
-                on_connection_loss=on_connection_loss,
-                retry=retry,
-                slow_down=slow_down,
-            )
+            self._register(registered, function, options)
             return function
 
         return register
@@ -272,42 +271,44 @@ class Worker:
             StateError: The worker runs already.
         """
         registered = as_queue(queue)
-        batching = Batching(max_size, max_wait)
+        options = Options(
+            concurrency=concurrency,
+            prefetch_count=prefetch_count,
+            timeout=timeout,
+            attempts=attempts,
+            on_error=on_error,
+            on_connection_loss=on_connection_loss,
+            retry=retry,
+            slow_down=slow_down,
+            batching=Batching(max_size, max_wait),
+        )
 
         def register(
             function: Callable[Concatenate[list[T], P], R],
         ) -> Callable[Concatenate[list[T], P], R]:
-            self._check_free(registered.name)
-            self._handlers[registered.name] = make_handler(
-                registered,
-                function,
-                concurrency=concurrency,
-                prefetch_count=prefetch_count,
-                timeout=timeout,
-                attempts=attempts,
-                on_error=on_error,
-                on_connection_loss=on_connection_loss,
-                retry=retry,
-                slow_down=slow_down,
-                batching=batching,
-            )
+            self._register(registered, function, options)
             return function
 
         return register
 
-    def _check_free(self, queue: str) -> None:
-        """Check that a handler of this queue can be registered."""
+    def _register(
+        self,
+        queue: Queue[Any],
+        function: Callable[..., Any],
+        options: Options,
+    ) -> None:
         if self._was_started:
             raise StateError(
-                f"handler of queue {queue!r} cannot be registered",
+                f"handler of queue {queue.name!r} cannot be registered",
                 reason="the worker runs already",
                 advice="Register all handlers before it is started.",
             )
-        if queue in self._handlers:
+        if queue.name in self._handlers:
             raise ValueError(
-                f"queue {queue!r} has a handler already, "
-                f"{self._handlers[queue].name}: a queue has one handler per worker.",
+                f"queue {queue.name!r} has a handler already, "
+                f"{self._handlers[queue.name].name}: a queue has one handler per worker.",
             )
+        self._handlers[queue.name] = make_handler(queue, function, options)
 
     # Running
 

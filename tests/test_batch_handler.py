@@ -881,9 +881,9 @@ def test_the_decorator_returns_the_function() -> None:
         return sum(numbers)
 
     assert worker.batch_handler(NUMBERS, max_size=50, concurrency=3)(handle) is handle
-    assert worker._handlers["numbers"].options.prefetch_count == 200
+    assert worker._handlers["numbers"].prefetch_count == 200
     worker.batch_handler("huge", max_size=60_000)(handle)
-    assert worker._handlers["huge"].options.prefetch_count == 65_535
+    assert worker._handlers["huge"].prefetch_count == 65_535
     assert handle([1, 2]) == 3
 
 

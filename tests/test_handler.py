@@ -12,6 +12,7 @@ import pytest
 
 from aioworkq import Delivery, Message, Queue, RetryPolicy
 from aioworkq.handler import Handler, ThreadCall, make_handler
+from aioworkq.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -41,7 +42,7 @@ def make(function: Callable[..., Any], queue: Queue[Any] = EMAILS, **options: An
         "retry": None,
         "slow_down": True,
     }
-    return make_handler(queue, function, **{**defaults, **options})
+    return make_handler(queue, function, Options(**{**defaults, **options}))
 
 
 def delivery(body: bytes = b'{"to": "ada"}') -> Delivery:
@@ -185,10 +186,10 @@ def test_an_option_that_cannot_be_right_is_refused(options: dict[str, Any], sent
 
 def test_prefetch_follows_concurrency() -> None:
     """Unless it is given."""
-    assert make(body_only).options.prefetch_count == make(body_only).options.concurrency == 10
-    assert make(body_only, concurrency=3).options.prefetch_count == 3
-    assert make(body_only, concurrency=3, prefetch_count=9).options.prefetch_count == 9
-    assert make(plain).options.concurrency >= 1
+    assert make(body_only).prefetch_count == make(body_only).concurrency == 10
+    assert make(body_only, concurrency=3).prefetch_count == 3
+    assert make(body_only, concurrency=3, prefetch_count=9).prefetch_count == 9
+    assert make(plain).concurrency >= 1
     assert make(body_only, retry=RetryPolicy(attempts=4)).options.attempts == 4
 
 

@@ -27,6 +27,7 @@ LAYERS: dict[str, int] = {
     "pace": 2,
     "delay": 3,
     "broker": 3,
+    "options": 3,
     "amqp": 4,
     "handler": 4,
     "delays": 4,
