@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
@@ -16,7 +16,10 @@ from aioworkq.errors import BatchError
 from aioworkq.handler import ThreadCall
 from aioworkq.options import Batching
 from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome
-from aioworkq.runs import Run, Runs
+from aioworkq.runs import Runs
+
+if TYPE_CHECKING:
+    from aioworkq.run_state import Run
 
 _CLOCK_TOLERANCE: Final = 0.001
 _ACK: Final = Ack()
@@ -44,13 +47,13 @@ class BatchRuns(Runs):
             left = self._time_left()
             if len(self._unstarted) < self._size and left > 0:
                 if self._timer is None:
-                    self._timer = self._start_task(self._wait_due(self._unstarted[0], left))
+                    self._timer = self._tasks.start(self._wait_due(self._unstarted[0], left))
                 return
             self._start_batch()
 
     def flush(self) -> None:
         """Start what waits for nothing but others of its batch. Called at most once, at a stop."""
-        while self._unstarted and self._has_slot:
+        while self._unstarted and self._slots.has_free:
             self._start_batch()
 
     @property
@@ -83,7 +86,7 @@ class BatchRuns(Runs):
         ):
             runs.append(self._unstarted.popleft())
         self._take_slot(*runs)
-        self._start_task(self._process_batch(runs))
+        self._tasks.start(self._process_batch(runs))
 
     # Running
 
@@ -103,7 +106,7 @@ class BatchRuns(Runs):
             with life:
                 await self._run_batch(runs)
         finally:
-            self._free_slot(has_failed=any(run.has_failed for run in runs))
+            self._slots.free(has_failed=any(run.has_failed for run in runs))
             self.start_waiting()
 
     async def _run_batch(self, runs: list[Run]) -> None:
@@ -133,7 +136,7 @@ class BatchRuns(Runs):
         verdicts: dict[Run, Outcome | None] = {}
 
         async def admit(run: Run) -> None:
-            verdicts[run] = await self._admit(run)
+            verdicts[run] = await self._admission.admit(run)
 
         async with anyio.create_task_group() as tasks:  # those that wait for a broker's answer
             for run in runs:
@@ -144,17 +147,17 @@ class BatchRuns(Runs):
                 await admit(run)
         for run in runs:
             if verdicts[run] is None and run.subscription.is_lost:  # meanwhile
-                self._excuse(run)
+                self._duplicates.excuse(run)
                 verdicts[run] = Requeue(counts=False)
         return {run: verdicts[run] for run in runs}
 
     async def _outcomes(self, batch: list[Run], thread: ThreadCall | None) -> list[Outcome]:
         """Run the handler, and say what becomes of each delivery."""
         for run in batch:
-            self._begin(run)
+            self._duplicates.begin(run)
         bodies = [run.body for run in batch]
         deliveries = [run.delivery for run in batch]
-        result = await self._handle(batch, bodies, deliveries, thread)
+        result = await self._calls.handle(batch, bodies, deliveries, thread)
         if isinstance(result, Requeue):
             return [result for _ in batch]
         if isinstance(result, BatchError):
@@ -167,7 +170,7 @@ class BatchRuns(Runs):
         failed = [run for run in batch if run.has_failed]
         if any(run.succeeded for run in batch):
             if self._calls.note_success():
-                self._end_rest()
+                self._slots.end_rest()
         else:
             for run in failed:
                 self._calls.note_failure(run.delivery)
@@ -177,7 +180,7 @@ class BatchRuns(Runs):
         if error is None or isinstance(error, BatchError):
             named = {} if error is None else error.outcomes
             return [self._decide_item(run, named.get(at, _ACK)) for at, run in enumerate(batch)]
-        outcomes = [self._decide(run, error) for run in batch]
+        outcomes = [self._calls.decide(run, error) for run in batch]
         if any(run.has_failed for run in batch):
             kinds = Counter(type(outcome).__name__ for outcome in outcomes)
             self._calls.log_failure(
@@ -190,7 +193,7 @@ class BatchRuns(Runs):
     def _decide_item(self, run: Run, named: Outcome | Exception) -> Outcome:
         """Decide what becomes of one delivery, as the handler said it."""
         if isinstance(named, Exception):
-            outcome = self._decide(run, named)
+            outcome = self._calls.decide(run, named)
             if run.has_failed:
                 self._calls.log_failure(repr(run.delivery), type(outcome).__name__, named)
             return outcome
@@ -221,7 +224,7 @@ class BatchRuns(Runs):
         thread: ThreadCall | None = None,
     ) -> None:
         run.life = anyio.CancelScope()  # of its own from now on
-        self._finishing[run] = self._start_task(self._finish(run, outcome, thread))
+        self._finishing[run] = self._tasks.start(self._finish(run, outcome, thread))
 
     async def _finish(self, run: Run, outcome: Outcome, thread: ThreadCall | None) -> None:
         """Settle one delivery, after its pause; let go of it once its thread has ended."""

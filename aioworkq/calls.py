@@ -1,4 +1,4 @@
-"""The calls of one handler: what it raised, and what that means.
+"""The calls of one handler: their limits, what it raised, and what that means.
 
 Whatever a handler raises ends in an outcome here; only what ends the process, or comes from the
 worker itself, goes through. Nothing is settled here.
@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from aioworkq.errors import Signal
-from aioworkq.outcome import Ack, Outcome, bounded, check_outcome, outcome_of
+from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome, outcome_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioworkq.handler import Handler, ThreadCall
     from aioworkq.message import Delivery
+    from aioworkq.orphans import Orphans
     from aioworkq.pace import Pace
+    from aioworkq.run_state import Run
     from aioworkq.settle import Counts
 
 _log = logging.getLogger("aioworkq")
@@ -33,21 +37,59 @@ class Calls:
         handler: What is called.
         counts: Where failures are counted.
         pace: What is told of successes and failures.
+        orphans: What is told of runs whose thread goes on when their time is up.
     """
 
-    def __init__(self, handler: Handler, *, counts: Counts, pace: Pace) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        counts: Counts,
+        pace: Pace,
+        orphans: Orphans[Run],
+    ) -> None:
         self._handler = handler
         self._counts = counts
         self._pace = pace
+        self._orphans = orphans
 
-    async def call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
-        """Call the handler, and return what it raised.
+    async def handle(
+        self,
+        runs: Sequence[Run],
+        body: Any,
+        delivery: Any,
+        thread: ThreadCall | None,
+    ) -> Exception | Requeue | None:
+        """Run the handler, within its limits if it has any.
 
         Args:
+            runs: What it is called for: one delivery, or a batch.
             body: The body, or the list of them.
             delivery: The delivery, or the list of them.
             thread: The call's thread, if it has one.
+
+        Returns:
+            None if it returned, what it raised, or what becomes of deliveries that it lost.
         """
+        options = self._handler.options
+        if options.timeout is None and options.on_connection_loss != "cancel":
+            return await self._call(body, delivery, thread)
+        with anyio.CancelScope() as scope:
+            for run in runs:
+                run.scope = scope
+            if options.timeout is not None:
+                scope.deadline = anyio.current_time() + options.timeout
+            return await self._call(body, delivery, thread)
+        # The scope was cancelled: by its deadline, or because the connection was lost.
+        if thread is not None and not thread.has_ended.is_set():
+            for run in runs:
+                self._orphans.add(run)
+        if options.on_connection_loss == "cancel" and any(run.delivery.lost for run in runs):
+            return Requeue(counts=False)
+        return TimeoutError(f"the handler exceeded {options.timeout:g} s")
+
+    async def _call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
+        """Call the handler, and return what it raised."""
         try:
             if thread is None:
                 await self._handler.call(body, delivery)
@@ -63,9 +105,18 @@ class Calls:
             return _as_error(exc)
         return None
 
-    def decide(self, delivery: Delivery, exc: Exception) -> Outcome:
+    def failure(self, run: Run, exc: Exception) -> Outcome:
+        """Decide what becomes of a delivery whose handler raised, log it, and tell the pace."""
+        outcome = self.decide(run, exc)
+        if run.has_failed:
+            self.note_failure(run.delivery)
+            self.log_failure(repr(run.delivery), type(outcome).__name__, exc)
+        return outcome
+
+    def decide(self, run: Run, exc: Exception) -> Outcome:
         """Decide what becomes of a delivery whose handler raised, and count it."""
-        options = self._handler.options
+        delivery, options = run.delivery, self._handler.options
+        run.has_failed = not isinstance(exc, Signal)
         try:
             outcome = outcome_of(
                 exc,
@@ -80,7 +131,7 @@ class Calls:
             _log.exception("on_error of handler %s failed.", self._handler.name)
             outcome = outcome_of(broken, delivery, attempts=options.attempts)
         outcome = bounded(outcome, delivery, attempts=options.attempts, exc=exc)
-        if not isinstance(exc, Signal):
+        if run.has_failed:
             self._counts.failed += 1
         if options.on_error == "discard" and isinstance(outcome, Ack):
             self._counts.discarded += 1

@@ -85,7 +85,7 @@ class Running:
             assert not consumer._runs._running
             assert not consumer._runs._unstarted
             assert not consumer._runs._orphans
-            assert consumer._runs._slots_used == 0
+            assert consumer._runs._slots.used == 0
         assert not self.worker.statistics().is_connected
 
 

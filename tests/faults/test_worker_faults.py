@@ -802,7 +802,7 @@ async def test_nothing_leaks(
         await eventually(is_as_before)
         consumer = worker._consumers[0]
         assert not consumer._runs._orphans
-        assert consumer._runs._slots_used == 0
+        assert consumer._runs._slots.used == 0
         await eventually(lambda: objects() - count < 5_000)
         print(f"{objects() - count} more objects after 270 connections")
         found = await channels(rabbitmq, queue_name)
