@@ -7,13 +7,15 @@ fixture         scope    what it is
 ``url``         test     the URL of an empty virtual host on it, deleted after the test
 ``proxy``       test     a :class:`tests.proxy.Proxy` in front of it (async tests only)
 ``proxy_url``   test     ``url`` through ``proxy``
+``broker``      test     a :class:`tests.consuming.Broker`: a plain connection beside what is tested
+``producer``    test     a producer of ``url`` (async tests only)
 ``own_node``    test     a private node for this test alone, to stop, kill and pause
 ``version``     session  the version of RabbitMQ that all nodes have: ``--rabbitmq 4.3``
 ``is_long``     session  whether the full numbers are asked for, which take minutes: ``--long``
 ``queue_name``  test     a name that no other test uses
 =============== ======== ==================================================================
 
-A test that uses one of the first five is marked ``rabbitmq``. The node of a test with other needs
+A test that uses one of the first seven is marked ``rabbitmq``. The node of a test with other needs
 is ``async with RabbitMQ(...)`` in the test, which then marks itself.
 
 With ``--documented-calls`` the library runs as on an aiormq that lacks a name of its fast paths.
@@ -38,8 +40,10 @@ from typing import TYPE_CHECKING
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
+from aioworkq import Producer
 from aioworkq.amqp import features
 from aioworkq.testing import RabbitMQ
+from tests.consuming import Broker
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -155,6 +159,20 @@ async def proxy(rabbitmq: RabbitMQ) -> AsyncIterator[Proxy]:
 def proxy_url(proxy: Proxy, url: str) -> str:
     """The URL of the test's virtual host through its proxy."""
     return proxy.url(url)
+
+
+@pytest.fixture
+async def broker(url: str) -> AsyncIterator[Broker]:
+    """A plain connection to the test's virtual host."""
+    async with Broker(url) as broker:
+        yield broker
+
+
+@pytest.fixture
+async def producer(url: str) -> AsyncIterator[Producer]:
+    """A producer of the test's virtual host."""
+    async with Producer(url, timeout=20) as producer:
+        yield producer
 
 
 @pytest.fixture

@@ -23,18 +23,6 @@ __all__ = ["no_complaints"]
 
 
 @pytest.fixture
-async def producer(url: str) -> AsyncIterator[Producer]:
-    async with Producer(url, timeout=20) as producer:
-        yield producer
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
-
-
-@pytest.fixture
 def queue(queue_name: str) -> Queue[bytes]:
     return Queue(queue_name, bytes, type="classic")
 

@@ -33,7 +33,7 @@ from aioworkq.testing import deliver, drain
 from tests.consuming import Broker, eventually, headers_of, publish_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from aioworkq.topology import QueueType
     from tests.proxy import Proxy
@@ -47,14 +47,35 @@ TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
 
 @pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
-
-
-@pytest.fixture
 def memory() -> MemoryBroker:
     return MemoryBroker(clock="virtual")
+
+
+def recorded(worker: Worker, queue: Queue[int], **options: Any) -> list[list[int]]:
+    """Register a handler that succeeds, and return the list of the batches that it gets."""
+    batches: list[list[int]] = []
+
+    @worker.batch_handler(queue, **options)
+    async def handle(numbers: list[int]) -> None:
+        batches.append(numbers)
+
+    return batches
+
+
+def note_attempts(
+    attempts: dict[int, list[int]], numbers: list[int], deliveries: list[Delivery]
+) -> None:
+    """Write down which attempt of each message this is."""
+    for number, delivery in zip(numbers, deliveries, strict=True):
+        attempts.setdefault(number, []).append(delivery.attempt)
+
+
+async def hang(numbers: list[int], cancelled: list[int]) -> None:
+    """Wait for ever, and write down what was cancelled."""
+    try:
+        await anyio.sleep_forever()
+    finally:
+        cancelled.extend(numbers)
 
 
 # Collecting
@@ -63,11 +84,7 @@ def memory() -> MemoryBroker:
 async def test_a_batch_is_full_or_its_oldest_has_waited(memory: MemoryBroker) -> None:
     """Full batches begin at once, the rest when `max_wait` is over, not before."""
     worker = Worker(memory)
-    batches: list[list[int]] = []
-
-    @worker.batch_handler(NUMBERS, max_size=4, max_wait=2)
-    async def handle(numbers: list[int]) -> None:
-        batches.append(numbers)
+    batches = recorded(worker, NUMBERS, max_size=4, max_wait=2)
 
     async with worker, Producer(memory) as producer:
         await publish_all(producer, NUMBERS, range(10))
@@ -186,8 +203,7 @@ async def test_each_named_message_gets_its_outcome(
 
     @worker.batch_handler(queue, max_size=9, max_wait=0.2, attempts=2)
     async def handle(numbers: list[int], deliveries: list[Delivery]) -> None:
-        for number, delivery in zip(numbers, deliveries, strict=True):
-            attempts.setdefault(number, []).append(delivery.attempt)
+        note_attempts(attempts, numbers, deliveries)
         outcomes: dict[int, Outcome | Exception] = {
             1: Ack(),
             2: Requeue(),
@@ -233,8 +249,7 @@ async def test_attempts_of_a_failing_batch_are_exact(
 
     @worker.batch_handler(queue, max_size=6, max_wait=0.05, attempts=3)
     async def handle(numbers: list[int], deliveries: list[Delivery]) -> None:
-        for number, delivery in zip(numbers, deliveries, strict=True):
-            attempts.setdefault(number, []).append(delivery.attempt)
+        note_attempts(attempts, numbers, deliveries)
         raise ValueError("never works")
 
     async with worker, Producer(url) as producer:
@@ -388,11 +403,7 @@ async def test_what_cannot_be_handled_is_in_no_batch(
     """Undecodable messages, and such without an attempt left, are dead-lettered by themselves."""
     queue = Queue(queue_name, int, type=kind)
     worker = Worker(url)
-    batches: list[list[int]] = []
-
-    @worker.batch_handler(queue, max_size=5, max_wait=LONG, attempts=3)
-    async def handle(numbers: list[int]) -> None:
-        batches.append(numbers)
+    batches = recorded(worker, queue, max_size=5, max_wait=LONG, attempts=3)
 
     async with worker, Producer(url) as producer:
         await producer.publish(queue, 0)
@@ -412,11 +423,7 @@ async def test_what_cannot_be_handled_is_in_no_batch(
 async def test_nothing_to_hand_over_is_no_call(memory: MemoryBroker) -> None:
     """A handler never gets an empty list."""
     worker = Worker(memory)
-    batches: list[list[int]] = []
-
-    @worker.batch_handler(NUMBERS)
-    async def handle(numbers: list[int]) -> None:
-        batches.append(numbers)
+    batches = recorded(worker, NUMBERS)
 
     async with Producer(memory) as producer:
         await publish_all(producer, NUMBERS.name, ["one", "two"])
@@ -463,10 +470,7 @@ async def test_a_batch_that_exceeds_its_time(
 
     @worker.batch_handler(queue, max_size=3, max_wait=LONG, timeout=0.1, on_error="dead-letter")
     async def handle(numbers: list[int]) -> None:
-        try:
-            await anyio.sleep_forever()
-        finally:
-            cancelled.extend(numbers)
+        await hang(numbers, cancelled)
 
     async with worker, Producer(url) as producer:
         await publish_all(producer, queue, range(3))
@@ -593,11 +597,7 @@ async def test_cancelling_the_worker_starts_nothing(
     """Only a stop hands over a last batch: cancelled, the worker gives back what waits."""
     queue = Queue(queue_name, int)
     worker = Worker(url)
-    batches: list[list[int]] = []
-
-    @worker.batch_handler(queue, max_wait=LONG)
-    async def handle(numbers: list[int]) -> None:
-        batches.append(numbers)
+    batches = recorded(worker, queue, max_wait=LONG)
 
     async with anyio.create_task_group() as tasks, Producer(url) as producer:
         await tasks.start(worker.run)
@@ -734,10 +734,7 @@ async def test_a_lost_connection_may_cancel_a_batch(
     async def handle(numbers: list[int]) -> None:
         started.append(sorted(numbers))
         if len(started) == 1:
-            try:
-                await anyio.sleep_forever()
-            finally:
-                cancelled.extend(numbers)
+            await hang(numbers, cancelled)
 
     async with worker, Producer(url) as producer:
         await publish_all(producer, queue, range(3))

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import anyio
@@ -15,20 +11,21 @@ from pika.exceptions import ChannelClosedByBroker, NackError
 
 from aioworkq.errors import StateError
 from aioworkq.testing import NodeError, RabbitMQ, RabbitMQCluster
-from tests.test_testing import (
-    descendants,
-    folder_of,
+from tests.nodes import (
+    are_gone,
     get,
     in_thread,
+    interrupted,
     is_alive,
     other_versions,
-    processes_of,
     publish,
+    traces,
     wait_until,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from anyio.from_thread import BlockingPortal
 
@@ -40,17 +37,6 @@ def cluster(portal: BlockingPortal) -> Iterator[RabbitMQCluster]:
     """A cluster whose nodes the tests of this module kill; each leaves them running."""
     with portal.wrap_async_context_manager(RabbitMQCluster()) as cluster:
         yield cluster
-
-
-def traces(cluster: RabbitMQCluster) -> tuple[list[Path], set[int]]:
-    """List the folders and the processes of a cluster."""
-    nodes = [node for node in cluster.nodes if node._node is not None]
-    return [folder_of(node) for node in nodes], set[int]().union(*map(processes_of, nodes))
-
-
-def are_gone(folders: list[Path], processes: set[int]) -> bool:
-    """Tell whether nothing of it is left."""
-    return not any(folder.exists() for folder in folders) and not any(map(is_alive, processes))
 
 
 async def publish_to_survivor(url: str, queue: str, body: bytes) -> None:
@@ -134,14 +120,14 @@ async def test_a_cluster_of_another_version(version: str) -> None:
             assert await node.eval("application:get_env(rabbit, heartbeat)") == "{ok,17}"
         await in_thread(publish, cluster.urls[0], "work", b"1")
         assert await in_thread(get, cluster.urls[1], "work") == b"1"
-        folders, processes = traces(cluster)
+        folders, processes = traces(cluster.nodes)
     assert are_gone(folders, processes)
 
 
 async def test_the_end_leaves_no_process_and_no_file() -> None:
     """Everything that the nodes started is gone, the epmd that they share included."""
     async with RabbitMQCluster() as cluster:
-        folders, processes = traces(cluster)
+        folders, processes = traces(cluster.nodes)
         assert len(folders) == 3
         assert all(map(is_alive, processes))
         epmds = [node._node.epmd for node in cluster.nodes if node._node is not None]
@@ -158,7 +144,7 @@ async def test_a_node_that_does_not_start_ends_all() -> None:
     async def look() -> None:
         while not all(node.is_running for node in cluster.nodes):
             await anyio.sleep(0.005)
-        seen.append(traces(cluster))
+        seen.append(traces(cluster.nodes))
 
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(look)
@@ -189,7 +175,7 @@ async def test_a_cancelled_start_leaves_nothing(running: int) -> None:
     async def cancel_soon(scope: anyio.CancelScope) -> None:
         while sum(node.is_running for node in cluster.nodes) < running:
             await anyio.sleep(0.005)
-        seen.append(traces(cluster))
+        seen.append(traces(cluster.nodes))
         scope.cancel()
 
     async with anyio.create_task_group() as tasks:
@@ -200,54 +186,14 @@ async def test_a_cancelled_start_leaves_nothing(running: int) -> None:
     wait_until(lambda: are_gone(folders, processes))
 
 
-INTERRUPTED = textwrap.dedent(
-    """
-    import sys, anyio, tests.test_cluster as helpers
-    from aioworkq.testing import RabbitMQCluster
-
-    async def main():
-        cluster = RabbitMQCluster()
-        async with anyio.create_task_group() as tasks:
-            async def say():
-                while not all(node.is_running for node in cluster.nodes):
-                    await anyio.sleep(0.005)
-                folders, processes = helpers.traces(cluster)
-                print(*folders, *processes, flush=True)
-            if sys.argv[1] == "booting":
-                tasks.start_soon(say)
-            async with cluster:
-                if sys.argv[1] == "running":
-                    await say()
-                await anyio.sleep_forever()
-
-    anyio.run(main)
-    """
-)
-
-
 @pytest.mark.parametrize(
     ("phase", "number"),
     [("booting", signal.SIGKILL), ("running", signal.SIGKILL), ("running", signal.SIGINT)],
 )
 def test_an_interrupted_run_leaves_nothing(phase: str, number: signal.Signals) -> None:
     """However the process ends that started a cluster, nodes and folders end with it."""
-    run = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, phase],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.stdout is not None
-    with run.stdout as stdout:
-        words = stdout.readline().split()
-        folders = [Path(path) for path in words[:3]]
-        assert len(folders) == 3
-        assert all(folder.exists() for folder in folders)
-        pids = {int(word) for word in words[3:]}
-        processes = pids | descendants(run.pid)
-        run.send_signal(number)
-        assert run.wait(30) != 0
+    folders, processes = interrupted("RabbitMQCluster", phase, number)
+    assert len(folders) == 3
     wait_until(lambda: are_gone(folders, processes))
 
 

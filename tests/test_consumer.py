@@ -15,19 +15,11 @@ from aioworkq import Delivery, Producer, Queue, RetryPolicy, Worker
 from tests.consuming import Broker, channels, eventually, headers_of, publish_all, publish_with_pika
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from aioworkq.testing import RabbitMQ
     from aioworkq.topology import QueueType
     from tests.proxy import Direction, Proxy
 
 TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 async def test_own_channel_and_prefetch(rabbitmq: RabbitMQ, url: str, queue_name: str) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiormq
 import pytest
@@ -18,24 +18,9 @@ from aioworkq.message import Message
 from tests.consuming import Broker, eventually
 from tests.publishing import no_complaints
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
 __all__ = ["no_complaints"]
 
 HALF_A_SECOND = "aioworkq.v1.delay.02"  # four eighths
-
-
-@pytest.fixture
-async def producer(url: str) -> AsyncIterator[Producer]:
-    async with Producer(url, timeout=20) as producer:
-        yield producer
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 async def test_a_delayed_message_never_comes_early(

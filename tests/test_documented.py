@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -12,15 +12,6 @@ from aioworkq import Producer, Queue, UnroutableError, Worker
 from aioworkq.amqp import features
 from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
 from tests.consuming import Broker, eventually, headers_of
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 @pytest.fixture

@@ -28,8 +28,6 @@ from tests.consuming import Broker, eventually, headers_of
 from tests.publishing import no_complaints
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from aioworkq.testing import RabbitMQ
 
 __all__ = ["no_complaints"]
@@ -41,18 +39,6 @@ NUMBER = "x-aioworkq-publish-number"
 @dataclass
 class Email:
     to: str
-
-
-@pytest.fixture
-async def producer(url: str) -> AsyncIterator[Producer]:
-    async with Producer(url, timeout=20) as producer:
-        yield producer
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 # What is stored

@@ -76,12 +76,6 @@ async def script(url: str, queue: Queue[object], source: str) -> AsyncGenerator[
         process._transport.close()  # type: ignore[attr-defined] # or its end is never awaited
 
 
-@pytest.fixture
-async def broker(url: str) -> AsyncGenerator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
-
-
 SLOW = """
 @worker.handler(queue)
 async def slow(seconds: float) -> None:

@@ -27,7 +27,7 @@ from aioworkq import (
 from tests.consuming import Broker, eventually, headers_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import Callable
 
     from aioworkq.outcome import OnError
     from aioworkq.topology import QueueType
@@ -40,12 +40,6 @@ TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 def short_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a message whose copy failed go back sooner than it does for users."""
     monkeypatch.setattr("aioworkq.settle._FAILED_COPY_PAUSE", 0.5)
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 @dataclass

@@ -12,14 +12,11 @@ import socket
 import ssl
 import subprocess
 import sys
-import textwrap
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import anyio
-import anyio.to_thread
 import pika
 import pytest
 import trustme
@@ -29,83 +26,25 @@ from pika.exceptions import ChannelClosedByBroker, ProbableAccessDeniedError
 from aioworkq import _node_parts, _watchdog
 from aioworkq.errors import StateError
 from aioworkq.testing import NodeError, NotInstalledError, RabbitMQ, TLSFiles
+from tests.nodes import (
+    are_gone,
+    folder_of,
+    get,
+    in_thread,
+    interrupted,
+    is_alive,
+    other_versions,
+    processes_of,
+    publish,
+    wait_until,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from anyio.from_thread import BlockingPortal
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.one_version]
-
-
-# Helpers
-
-
-def wait_until(fact: Callable[[], bool], *, timeout: float = 20.0) -> None:
-    """Poll a fact until it holds, or fail."""
-    deadline = time.monotonic() + timeout
-    while not fact():
-        assert time.monotonic() < deadline, f"{fact} does not hold after {timeout} s"
-        time.sleep(0.005)
-
-
-def is_alive(pid: int) -> bool:
-    """Tell whether a process runs. A zombie does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def descendants(pid: int) -> set[int]:
-    """Walk the process tree down; every user may."""
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(entry.name))
-    found, waiting = set[int](), [pid]
-    while waiting:
-        new = children.get(waiting.pop(), [])
-        found.update(new)
-        waiting.extend(new)
-    return found
-
-
-def processes_of(node: RabbitMQ) -> set[int]:
-    """List the processes of a node and their descendants."""
-    inner = node._node
-    assert inner is not None
-    roots = {p.pid for p in (inner.server, inner.epmd, inner.watchdog) if p is not None}
-    return roots.union(*map(descendants, roots))
-
-
-def folder_of(node: RabbitMQ) -> Path:
-    """Return a node's folder."""
-    assert node._node is not None
-    return node._node.path
-
-
-async def in_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function that blocks."""
-    return await anyio.to_thread.run_sync(functools.partial(function, *args))
-
-
-def publish(url: str, queue: str, body: bytes, queue_type: str = "classic") -> None:
-    """Publish one persistent message to a durable queue, confirmed."""
-    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
-        channel = connection.channel()
-        channel.confirm_delivery()
-        channel.queue_declare(queue, durable=True, arguments={"x-queue-type": queue_type})
-        channel.basic_publish("", queue, body, pika.BasicProperties(delivery_mode=2))
-
-
-def get(url: str, queue: str) -> bytes | None:
-    """Take one message from a queue."""
-    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
-        body: bytes | None = connection.channel().basic_get(queue, auto_ack=True)[2]
-        return body
 
 
 def answers(port: int, *, timeout: float) -> bool:
@@ -155,12 +94,6 @@ async def test_another_version_than_the_installed_one_is_not_there() -> None:
         r"RabbitMQ 0\.1\.2 cannot start: what is installed is \d+\.\d+\.\d+", str(caught.value)
     )
     assert "version=None takes what is there." in str(caught.value)
-
-
-def other_versions() -> list[str]:
-    """List the versions that live in root file systems of their own."""
-    roots = _node_parts.installed_roots()
-    return [one.version for root in roots for one in _node_parts._installations(root)]
 
 
 @pytest.mark.parametrize("version", ["4.0", "4.3"])
@@ -512,30 +445,6 @@ async def test_the_end_does_not_need_the_watchdog_that_was_there() -> None:
     wait_until(lambda: not any(map(is_alive, processes)))
 
 
-INTERRUPTED = textwrap.dedent(
-    """
-    import sys, anyio, tests.test_testing as helpers
-    from aioworkq.testing import RabbitMQ
-
-    async def main():
-        node = RabbitMQ()
-        async with anyio.create_task_group() as tasks:
-            async def say():
-                while not (node.is_running and helpers.processes_of(node)):
-                    await anyio.sleep(0.005)
-                print(helpers.folder_of(node), *helpers.processes_of(node), flush=True)
-            if sys.argv[1] == "booting":
-                tasks.start_soon(say)
-            async with node:
-                if sys.argv[1] == "running":
-                    await say()
-                await anyio.sleep_forever()
-
-    anyio.run(main)
-    """
-)
-
-
 @pytest.mark.parametrize(
     ("phase", "number"),
     [
@@ -548,22 +457,9 @@ INTERRUPTED = textwrap.dedent(
 )
 def test_an_interrupted_run_leaves_nothing(phase: str, number: signal.Signals) -> None:
     """However the process ends that started a node, the node and its folder end with it."""
-    run = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, phase],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert run.stdout is not None
-    with run.stdout as stdout:
-        folder, *pids = stdout.readline().split()
-        assert Path(folder).exists()
-        processes = {int(pid) for pid in pids} | descendants(run.pid)
-        run.send_signal(number)
-        assert run.wait(30) != 0
-    wait_until(lambda: not Path(folder).exists())
-    wait_until(lambda: not any(map(is_alive, processes)))
+    folders, processes = interrupted("RabbitMQ", phase, number)
+    assert len(folders) == 1
+    wait_until(lambda: are_gone(folders, processes))
 
 
 def test_a_watchdog_kills_the_whole_household(

@@ -39,12 +39,6 @@ async def handle(body: Any) -> None:
     """Do nothing with a message."""
 
 
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
-
-
 # Setting up
 
 

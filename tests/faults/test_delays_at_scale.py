@@ -15,38 +15,20 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from aioworkq import Producer, Queue, Worker
-from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, channels, crash, eventually, publish_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from aioworkq.testing import RabbitMQ
 
 PUBLISHERS: Final = 50
 PATIENCE: Final = 90.0
 
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-async def node(version: str | None) -> AsyncIterator[RabbitMQ]:
-    """A node to be killed, which takes up after a second what a crash interrupts in delay queues.
-
-    By default that takes three minutes (dead_letter_worker_publisher_confirm_timeout).
-    """
-    async with RabbitMQ(version=version) as node:
-        assert node._node is not None
-        env = cast("dict[str, str]", node._node.env)
-        env["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += (
-            " -rabbit dead_letter_worker_publisher_confirm_timeout 1000"
-        )
-        await node.stop()
-        await node.start()
-        yield node
 
 
 class Run:
@@ -101,7 +83,7 @@ class Run:
 
 @pytest.mark.parametrize("how", ["undisturbed", "killed"])
 async def test_random_delays(
-    node: RabbitMQ,
+    quick_node: RabbitMQ,
     queue_name: str,
     is_long: bool,  # noqa: FBT001 - a fixture
     how: str,
@@ -111,18 +93,18 @@ async def test_random_delays(
     caplog.set_level(logging.CRITICAL)
     queue = Queue(queue_name, int)
     run = Run(5000, 30) if is_long else Run(1000, 8)
-    worker = Worker(node.url)
+    worker = Worker(quick_node.url)
     worker.handler(queue, concurrency=50)(run.handle)
-    async with worker, Producer(node.url) as producer:
+    async with worker, Producer(quick_node.url) as producer:
         await run.publish(producer, queue)
         if how == "killed":
             await eventually(lambda: len(run.came) > run.count / 4, timeout=PATIENCE)
-            await crash(node)
+            await crash(quick_node)
             left = run.count - len(run.came)
-            await node.start()
+            await quick_node.start()
             print(f"killed with {left} messages waiting")
         await eventually(lambda: not run.lost, timeout=PATIENCE)
-    print(f"{node.version}, {how}: {run}")
+    print(f"{quick_node.version}, {how}: {run}")
     assert len(run.came) == run.count
     assert not run.early
 

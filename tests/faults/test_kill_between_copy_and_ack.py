@@ -15,18 +15,16 @@ import os
 import random
 import signal
 from collections import Counter
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
 from aioworkq import Delivery, Producer, Queue, Reject, RetryPolicy, Worker
-from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, eventually
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
+    from aioworkq.testing import RabbitMQ
     from tests.proxy import Direction
 
 ATTEMPTS: Final = 3
@@ -120,28 +118,11 @@ class Ledger:
         return not self.lost
 
 
-@pytest.fixture
-async def node(version: str | None) -> AsyncIterator[RabbitMQ]:
-    """A node to be killed, which takes up after a second what a crash interrupts in delay queues.
-
-    By default that takes three minutes (dead_letter_worker_publisher_confirm_timeout).
-    """
-    async with RabbitMQ(version=version) as node:
-        assert node._node is not None
-        env = cast("dict[str, str]", node._node.env)
-        env["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += (
-            " -rabbit dead_letter_worker_publisher_confirm_timeout 1000"
-        )
-        await node.stop()
-        await node.start()
-        yield node
-
-
 @pytest.mark.rabbitmq
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 async def test_nothing_is_lost(
-    node: RabbitMQ,
+    quick_node: RabbitMQ,
     queue_name: str,
     is_long: bool,  # noqa: FBT001 - a fixture
     caplog: pytest.LogCaptureFixture,
@@ -165,21 +146,21 @@ async def test_nothing_is_lost(
         if strike is not None:
             await eventually(lambda: strike.is_done or not ledger.lost, timeout=PATIENCE)
             strike.kill()
-            await node.kill()
+            await quick_node.kill()
             proxy.on_frame = None
-            await node.start()
-        await eventually(ledger.look_for_dead, node.url, *queues, timeout=PATIENCE)
+            await quick_node.start()
+        await eventually(ledger.look_for_dead, quick_node.url, *queues, timeout=PATIENCE)
 
-    async with Proxy(node.port) as proxy, Producer(node.url) as producer:
-        worker = Worker(proxy.url(node.url), grace=10)
+    async with Proxy(quick_node.port) as proxy, Producer(quick_node.url) as producer:
+        worker = Worker(proxy.url(quick_node.url), grace=10)
         for queue in queues:
             worker.handler(queue, concurrency=5, retry=retry)(ledger.handle)
         async with worker:
             await round_of(None, proxy, producer)
             # All queues exist: a crash shall find them written, see tests/consuming.py.
-            await node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
+            await quick_node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
             for number in range(100 if is_long else 10):
-                strike = Strike(node, random.Random(number))
+                strike = Strike(quick_node, random.Random(number))
                 before = ledger.dead + ledger.handled
                 with contextlib.suppress(TimeoutError):
                     await round_of(strike, proxy, producer)

@@ -14,7 +14,7 @@ import gc
 import logging
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -28,14 +28,16 @@ from aioworkq import (
     Worker,
     WorkQueueError,
 )
-from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, crash, eventually
+from tests.nodes import node_with_quick_delays
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from anyio.from_thread import BlockingPortal
+
+    from aioworkq.testing import RabbitMQ
 
 pytestmark = pytest.mark.rabbitmq
 
@@ -46,19 +48,8 @@ FAULTS = ("cut", "cut", "stall", "half-open", "close all", "one direction")
 
 @pytest.fixture(scope="module")
 def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
-    """A node for all seeds, which kill it.
-
-    What a crash interrupts between two delay queues, RabbitMQ takes up again three minutes later
-    (dead_letter_worker_publisher_confirm_timeout). Here it does so after a second.
-    """
-    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
-        assert node._node is not None
-        env = cast("dict[str, str]", node._node.env)
-        env["RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS"] += (
-            " -rabbit dead_letter_worker_publisher_confirm_timeout 1000"
-        )
-        portal.call(node.stop)
-        portal.call(node.start)
+    """A node for all seeds, which kill it."""
+    with portal.wrap_async_context_manager(node_with_quick_delays(version)) as node:
         yield node
 
 

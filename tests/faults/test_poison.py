@@ -20,7 +20,6 @@ from aioworkq.trials import Trials
 from tests.consuming import Broker, eventually, headers_of, publish_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from aioworkq.testing import RabbitMQ
@@ -57,12 +56,6 @@ WORKER = textwrap.dedent("""
         )(handle)
     run(worker)
 """)
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 async def live_and_die(*arguments: object) -> None:

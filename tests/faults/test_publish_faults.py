@@ -21,34 +21,21 @@ from aioworkq import (
     Producer,
     Queue,
 )
-from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, eventually
 from tests.proxy import Proxy
 from tests.publishing import is_cut_off, memory_alarm, no_complaints
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
-    from anyio.from_thread import BlockingPortal
+    from aioworkq.testing import RabbitMQ
+
 
 __all__ = ["no_complaints"]
 
 pytestmark = pytest.mark.rabbitmq
 
 BASIC_ACK = b"\x00\x3c\x00\x50"
-
-
-@pytest.fixture(scope="module")
-def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
-    """A node of this module's own, to be stopped, started and alarmed; it runs after each test."""
-    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
-        yield node
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from aioworkq import ConsumerState, Delivery, Producer, Queue, Reject, Requeue, 
 from tests.consuming import Broker, eventually, headers_of, publish_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from aioworkq.testing import RabbitMQ
     from aioworkq.topology import QueueType
     from tests.proxy import Direction, Proxy
@@ -48,12 +46,6 @@ def short_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each step less time than users get: no test waits for the sake of waiting."""
     for name in ("settle._STOPPING_TIMEOUT", "consumer._STEP_TIMEOUT", "worker._CLOSE_TIMEOUT"):
         monkeypatch.setattr(f"aioworkq.{name}", STEP)
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
 
 
 async def handle(body: Any) -> None:

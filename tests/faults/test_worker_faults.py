@@ -26,7 +26,6 @@ from aioworkq import (
     Worker,
     WorkQueueError,
 )
-from aioworkq.testing import RabbitMQ
 from tests.consuming import (
     Broker,
     channels,
@@ -40,10 +39,9 @@ from tests.proxy import Proxy
 from tests.publishing import memory_alarm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from anyio.from_thread import BlockingPortal
-
+    from aioworkq.testing import RabbitMQ
     from aioworkq.topology import QueueType
     from tests.proxy import Direction
 
@@ -63,19 +61,6 @@ TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
 BASIC_PUBLISH = b"\x00\x3c\x00\x28"
 BASIC_ACK = b"\x00\x3c\x00\x50"
-
-
-@pytest.fixture
-async def broker(url: str) -> AsyncIterator[Broker]:
-    async with Broker(url) as broker:
-        yield broker
-
-
-@pytest.fixture(scope="module")
-def node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
-    """A node of this module, to be killed and paused; each test leaves it running."""
-    with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
-        yield node
 
 
 @pytest.fixture
