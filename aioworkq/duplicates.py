@@ -120,14 +120,10 @@ class Duplicates:
 
     def settled(self, run: Run, outcome: Outcome, settled: Settled) -> None:
         """Take note of what has become of a delivery."""
-        # A copy that counts can be told from its original.
-        is_gone = settled is Settled.ACKED and getattr(outcome, "counts", True)
-        if run.succeeded or is_gone:
+        if run.succeeded or settled is Settled.ACKED:
             # If its ack is lost on the way, the redelivery is acked and not run again.
             self._memory.acked(run.delivery.message, run.generation)
             run.is_done = True
-        elif settled is Settled.ACKED:
-            self._memory.settled(run.delivery.message)
         elif settled is Settled.RETURNED and getattr(outcome, "counts", False):
             self._memory.returned(run.delivery.message)
         elif settled is Settled.OVERCOUNTED:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Our own headers. They travel in the copies that we publish.
 ATTEMPTS: Final = "x-aioworkq-attempts"
 """How many attempts were used up before this copy was published (int)."""
+COPIES: Final = "x-aioworkq-copies"
+"""The how-manieth copy of the published message this is (int)."""
 QUEUE: Final = "x-aioworkq-queue"
 """On a dead letter: the queue it came from (str)."""
 REASON: Final = "x-aioworkq-reason"
@@ -41,6 +43,7 @@ CRASHED: Final = "crashed"
 OUR_HEADERS: Final = frozenset(
     {
         ATTEMPTS,
+        COPIES,
         TRIAL,
         QUEUE,
         REASON,
@@ -114,7 +117,8 @@ class Message:
         """Return a persistent copy for another queue, or for the same one, with these headers.
 
         It goes to the default exchange. The broker's own headers are left out, see
-        `strip_broker_headers`.
+        `strip_broker_headers`. One header is added, by which no copy is taken for what it is a
+        copy of, whatever else is the same.
         """
         return Message(
             body=self.body,
@@ -123,7 +127,7 @@ class Message:
             correlation_id=self.correlation_id,
             content_type=self.content_type,
             content_encoding=self.content_encoding,
-            headers=strip_broker_headers(headers),
+            headers=strip_broker_headers(headers) | {COPIES: _count(self.headers, COPIES) + 1},
             priority=self.priority,
             expiration=self.expiration,
             timestamp=self.timestamp,

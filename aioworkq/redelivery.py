@@ -5,39 +5,37 @@ it is done and only its ack was lost, some of it was never started. This memory 
 that nothing runs beside itself, nothing that succeeded runs twice, and nothing unstarted is charged
 an attempt. It is bounded, belongs to one consumer, and only ever errs towards running once more.
 
-Messages are told apart by their ``message_id``, and a copy of ours from its original by what our
-headers say of it. For messages without an id, only "is an equal body still running" is asked: two
+Messages are told apart by their ``message_id``, and a copy of ours from its original by its number.
+For messages without an id, only "is an equal body still running" is asked: two
 equal messages without ids may be two pieces of work, and both must be done.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Final, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
-from aioworkq.message import ATTEMPTS, LAST_FAILURE
+from aioworkq.message import COPIES
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from aioworkq.message import Message
 
 K = TypeVar("K")
 
-Identity: TypeAlias = tuple[str, int, str, str]
-
-_MISSING: Final = ""
+Identity: TypeAlias = "tuple[str, int, datetime | None, str]"
 
 
 def identity(message: Message) -> Identity | None:
-    """Return what a message shares with its redeliveries and with no copy; None without an id."""
+    """Return what a message shares with its redeliveries and with no copy; None without an id.
+
+    The body and the time are there for clients that use an id more than once.
+    """
     if not message.message_id:
         return None
-    headers = message.headers
-    return (
-        message.message_id,
-        hash(message.body),
-        str(headers.get(ATTEMPTS, _MISSING)),
-        str(headers.get(LAST_FAILURE, _MISSING)),
-    )
+    copies = str(message.headers.get(COPIES, ""))
+    return (message.message_id, hash(message.body), message.timestamp, copies)
 
 
 def common_key(message: Message) -> str | bytes:
@@ -115,10 +113,3 @@ class RedeliveryMemory(Generic[K]):
         key = identity(message) if self._acked else None
         if key is not None:
             self._acked.pop(key, None)
-
-    def settled(self, message: Message) -> None:
-        """Forget the excuses: this copy is gone, and an equal one has counts of its own."""
-        key = identity(message) if self._excused or self._returned else None
-        if key is not None:
-            self._excused.pop(key, None)
-            self._returned.pop(key, None)

@@ -22,7 +22,7 @@ from aioworkq import (
     StateError,
     Worker,
 )
-from aioworkq.message import ATTEMPTS, OUR_HEADERS
+from aioworkq.message import ATTEMPTS, COPIES, OUR_HEADERS
 
 pytestmark = pytest.mark.anyio
 
@@ -133,7 +133,7 @@ async def test_replayed_messages_are_as_new(url: str, queue_name: str) -> None:
             while len(seen) < 2:
                 await anyio.sleep(0.01)
     assert sorted((number, attempt) for number, attempt, _ in seen) == [(1, 1), (3, 1)]
-    assert all(not OUR_HEADERS & set(message.headers) for _, _, message in seen)
+    assert all(OUR_HEADERS & set(message.headers) == {COPIES} for _, _, message in seen)
     assert all(message.headers["mine"] == "kept" for _, _, message in seen)
 
 

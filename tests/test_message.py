@@ -10,6 +10,7 @@ import pytest
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, encode
 from aioworkq.message import (
     ATTEMPTS,
+    COPIES,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILURE,
@@ -105,7 +106,9 @@ def test_a_copy_carries_everything_but_what_belongs_to_the_broker() -> None:
     copy = message.copy_to("q.dead", headers)
     assert copy.queue == copy.routing_key == "q.dead"
     assert not copy.exchange
-    assert copy.headers == {"mine": 1} == strip_broker_headers(headers)
+    assert strip_broker_headers(headers) == {"mine": 1}
+    assert copy.headers == {"mine": 1, COPIES: 1}
+    assert copy.copy_to("q", {}).headers == {COPIES: 2}
     assert copy.persistent
     same = ("body", "message_id", "correlation_id", "content_type", "content_encoding", "priority")
     for attribute in (*same, "expiration", "timestamp", "type", "app_id", "reply_to"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from aioworkq.message import Message
 from aioworkq.redelivery import RedeliveryMemory, common_key
 
@@ -27,17 +29,27 @@ def test_a_message_that_is_started_again_is_no_duplicate_any_more() -> None:
     assert memory.acked_on(ONE) is None
 
 
-def test_excuses_add_up_until_the_message_is_settled() -> None:
+def test_excuses_add_up_until_the_message_is_acked() -> None:
     """The broker's count goes on too."""
     memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
     memory.excuse(ONE)
     memory.excuse(ONE)
     assert memory.excused(ONE) == 2
-    memory.settled(ONE)
+    memory.acked(ONE, "first")
     assert memory.excused(ONE) == 0
-    memory.excuse(TWO)
-    memory.acked(TWO, "first")
-    assert memory.excused(TWO) == 0
+
+
+def test_what_was_acked_says_nothing_of_its_copies() -> None:
+    """Whatever they have in common; nor of another message that was given the same id."""
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    memory.acked(ONE, "first")
+    copy = ONE.copy_to("q", ONE.headers)
+    assert memory.acked_on(copy) is None
+    memory.acked(copy, "first")
+    assert memory.acked_on(copy.copy_to("q", {})) is None
+    later = datetime(2026, 1, 1, tzinfo=UTC)
+    assert memory.acked_on(Message(b"one", "q", message_id="1", timestamp=later)) is None
+    assert memory.acked_on(Message(b"one", "q", message_id="1")) == "first"
 
 
 def test_messages_without_an_id_are_not_remembered() -> None:

@@ -288,3 +288,22 @@ class Ledger(RuleBasedStateMachine):
 
 TestLedger = Ledger.TestCase
 TestLedger.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
+
+
+def test_the_copy_of_a_replaced_message_is_not_taken_for_done() -> None:
+    """A suspect was replaced by a copy for a trial, on a connection that was then lost.
+
+    The copy was handed to another worker, which gave it back: here it was acked, and lost.
+    """
+    ledger = Ledger()
+    ledger.begin("3.10", "quorum", RetryPolicy(attempts=ATTEMPTS, first=10), 1)
+    ledger.start_worker(3)
+    ledger.refuse_next("q.dead", 1)
+    ledger.publish([[]], None)
+    ledger.publish([["fail"] * 4, ["reject", "fail", "block"]], 1.0)
+    ledger.pass_time(5.0)
+    ledger.lose_next("lose confirm")
+    ledger.refuse_next("q.dead", 2)
+    ledger.pass_time(100.0)
+    ledger.cancel_consumers()
+    ledger.teardown()
