@@ -13,7 +13,7 @@ import pika
 from pamqp.commands import Basic
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Awaitable, Callable, Iterable
     from types import TracebackType
 
     from aiormq.abc import AbstractChannel, AbstractConnection, DeliveredMessage
@@ -29,6 +29,7 @@ async def eventually(
     fact: Callable[..., Any],
     *arguments: Any,
     timeout: float = PATIENCE,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Wait until a function, or a coroutine function, returns something true."""
     pause = 0.001
@@ -39,7 +40,7 @@ async def eventually(
                 value = await value
             if value:
                 return
-            await asyncio.sleep(pause)
+            await sleep(pause)
             pause = min(0.01, 2 * pause)
 
 

@@ -1,4 +1,7 @@
-"""Every conformance test runs on RabbitMQ, and on the memory broker as each version it can be."""
+"""Every conformance test runs on RabbitMQ, and on the memory broker as each version it can be.
+
+The memory broker's clock is virtual: a test that needs time asks its subject to let it pass.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     """The broker under test."""
     if request.param != "rabbitmq":
         version = cast("Version", request.param)
-        return Subject(MemoryBroker(version=version), version, None)
+        return Subject(MemoryBroker(version=version, clock="virtual"), version, None)
     node: RabbitMQ = request.getfixturevalue("rabbitmq")
     return Subject(request.getfixturevalue("url"), node.version, node)

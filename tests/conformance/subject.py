@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aioworkq import MemoryBroker, Message
 from aioworkq.broker import Confirm
@@ -15,10 +15,12 @@ from tests.consuming import Broker, eventually
 from tests.publishing import memory_alarm
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator
+    from collections.abc import AsyncGenerator, Callable, Coroutine
 
     from aioworkq.broker import Connection, Incoming, PublishChannel, Subscription
     from aioworkq.testing import RabbitMQ
+
+T = TypeVar("T")
 
 QUORUM = {"x-queue-type": "quorum", "x-delivery-limit": 1000}
 """Arguments of a quorum queue that gives nothing up by itself: so it is with those we declare."""
@@ -64,6 +66,7 @@ class Publisher:
 class Consumer:
     """A subscription, and what it was handed over."""
 
+    subject: Subject
     deliveries: list[Incoming] = field(default_factory=list)
     subscription: Subscription | None = None
 
@@ -76,7 +79,7 @@ class Consumer:
 
     async def wait(self, number: int) -> list[Incoming]:
         """Wait until so many deliveries came; not one more may be there."""
-        await eventually(lambda: len(self.deliveries) >= number)
+        await self.subject.eventually(lambda: len(self.deliveries) >= number)
         assert len(self.deliveries) == number
         return self.deliveries
 
@@ -119,6 +122,62 @@ class Subject:
         finally:
             await connection.aclose(timeout=5)
 
+    # What takes time, on either
+
+    async def pass_time(self, seconds: float) -> None:
+        """Let the broker's time pass: real time on a node, virtual time in memory."""
+        if isinstance(self.address, MemoryBroker):
+            await self.address.advance(seconds)
+        else:
+            await asyncio.sleep(seconds)
+
+    async def eventually(self, fact: Callable[[], Any]) -> None:
+        """Wait until a function, or a coroutine function, returns something true."""
+        await eventually(fact, sleep=self.pass_time)
+
+    async def wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what needs the broker's time to pass."""
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(work)
+            await self.eventually(task.done)
+        return task.result()
+
+    async def consume(
+        self, connection: Connection, queue: str, *, prefetch_count: int = 100
+    ) -> Consumer:
+        consumer = Consumer(self)
+        consumer.subscription = await connection.subscribe(
+            queue,
+            prefetch_count=prefetch_count,
+            on_delivery=consumer.on_delivery,
+            timeout=TIMEOUT,
+        )
+        return consumer
+
+    async def take_all(self, connection: Connection, queue: str, number: int) -> list[Message]:
+        """Take and ack what is in a queue, which must come to so many messages."""
+        taken: list[Message] = []
+        getter = await connection.open_getter(queue, timeout=TIMEOUT)
+
+        async def take() -> bool:
+            while (incoming := await getter.get(timeout=TIMEOUT)) is not None:
+                taken.append(incoming.message)
+                await getter.ack(incoming.tag, timeout=TIMEOUT)
+            return len(taken) >= number
+
+        await self.eventually(take)
+        assert len(taken) == number
+        await getter.aclose(timeout=5)
+        return taken
+
+    async def wait_ready(self, connection: Connection, queue: str, number: int) -> None:
+        """Wait until so many messages are ready in a queue."""
+
+        async def has() -> bool:
+            return await connection.count_messages(queue, timeout=TIMEOUT) == number
+
+        await self.eventually(has)
+
     # What a fault is, on either
 
     async def drop_connections(self) -> None:
@@ -160,40 +219,3 @@ async def declare(connection: Connection, name: str, **arguments: Any) -> None:
 
 async def publisher(connection: Connection) -> Publisher:
     return Publisher(connection, await connection.open_publish_channel(timeout=TIMEOUT))
-
-
-async def consume(connection: Connection, queue: str, *, prefetch_count: int = 100) -> Consumer:
-    consumer = Consumer()
-    consumer.subscription = await connection.subscribe(
-        queue,
-        prefetch_count=prefetch_count,
-        on_delivery=consumer.on_delivery,
-        timeout=TIMEOUT,
-    )
-    return consumer
-
-
-async def take_all(connection: Connection, queue: str, number: int) -> list[Message]:
-    """Take and ack what is in a queue, which must come to so many messages."""
-    taken: list[Message] = []
-    getter = await connection.open_getter(queue, timeout=TIMEOUT)
-    async with asyncio.timeout(TIMEOUT):
-        while len(taken) < number:
-            incoming = await getter.get(timeout=TIMEOUT)
-            if incoming is None:
-                await asyncio.sleep(0.01)
-                continue
-            taken.append(incoming.message)
-            await getter.ack(incoming.tag, timeout=TIMEOUT)
-    assert await getter.get(timeout=TIMEOUT) is None
-    await getter.aclose(timeout=5)
-    return taken
-
-
-async def wait_ready(connection: Connection, queue: str, number: int) -> None:
-    """Wait until so many messages are ready in a queue."""
-
-    async def has() -> bool:
-        return await connection.count_messages(queue, timeout=TIMEOUT) == number
-
-    await eventually(has)

@@ -20,7 +20,6 @@ from aioworkq import (
     UnroutableError,
     Worker,
 )
-from tests.consuming import eventually
 
 if TYPE_CHECKING:
     from tests.conformance.subject import Subject
@@ -33,14 +32,15 @@ QueueKind = Literal["quorum", "classic"]
 class Seen:
     """What handlers saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
         self.deliveries: list[tuple[Any, int, bool]] = []
 
     def note(self, body: Any, delivery: Delivery) -> None:
         self.deliveries.append((body, delivery.attempt, delivery.redelivered))
 
     async def wait(self, number: int) -> None:
-        await eventually(lambda: len(self.deliveries) >= number)
+        await self._subject.eventually(lambda: len(self.deliveries) >= number)
 
 
 async def ready(subject: Subject, queue: str) -> int:
@@ -52,13 +52,13 @@ async def wait_empty(subject: Subject, queue: str) -> None:
     async def is_empty() -> bool:
         return await ready(subject, queue) == 0
 
-    await eventually(is_empty)
+    await subject.eventually(is_empty)
 
 
 @BOTH_TYPES
 async def test_work_is_done(subject: Subject, kind: QueueKind) -> None:
     """What is published is handled once, with its body and as its first attempt."""
-    queue, seen, worker = Queue("work", int, type=kind), Seen(), Worker(subject.address)
+    queue, seen, worker = Queue("work", int, type=kind), Seen(subject), Worker(subject.address)
     worker.handler(queue)(seen_by(seen))
     async with Producer(subject.address) as producer, worker:
         report = await producer.publish_many(queue, range(50))
@@ -79,7 +79,7 @@ def seen_by(seen: Seen) -> Any:
 @BOTH_TYPES
 async def test_failures_are_attempts(subject: Subject, kind: QueueKind) -> None:
     """A handler that fails gets the message again, counted, and in the end it is dead-lettered."""
-    queue, seen, worker = Queue("work", int, type=kind), Seen(), Worker(subject.address)
+    queue, seen, worker = Queue("work", int, type=kind), Seen(subject), Worker(subject.address)
 
     @worker.handler(queue, attempts=3)
     async def handle(body: int, delivery: Delivery) -> None:
@@ -88,7 +88,7 @@ async def test_failures_are_attempts(subject: Subject, kind: QueueKind) -> None:
 
     async with Producer(subject.address) as producer, worker:
         await producer.publish(queue, 7)
-        await eventually(lambda: worker.statistics().consumers["work"].dead_lettered == 1)
+        await subject.eventually(lambda: worker.statistics().consumers["work"].dead_lettered == 1)
     assert [attempt for _, attempt, _ in seen.deliveries] == [1, 2, 3]
     async with DeadLetters(subject.address, queue) as dead:
         (letter,) = await dead.peek()
@@ -102,7 +102,7 @@ async def test_failures_are_attempts(subject: Subject, kind: QueueKind) -> None:
 @BOTH_TYPES
 async def test_retries_wait_in_the_broker(subject: Subject, kind: QueueKind) -> None:
     """A retry policy, RetryLater and a delay lead through the delay queues and back."""
-    queue, seen, worker = Queue("work", str, type=kind), Seen(), Worker(subject.address)
+    queue, seen, worker = Queue("work", str, type=kind), Seen(subject), Worker(subject.address)
 
     @worker.handler(queue, retry=RetryPolicy(attempts=2, first=0.2))
     async def handle(body: str, delivery: Delivery) -> None:
@@ -130,7 +130,7 @@ async def test_retries_wait_in_the_broker(subject: Subject, kind: QueueKind) -> 
 async def test_a_stop_charges_nothing(subject: Subject, kind: QueueKind) -> None:
     """What a stopped worker returns, interrupted or unstarted, is handled as a first attempt."""
     queue, begun = Queue("work", int, type=kind), asyncio.Event()
-    first, second, seen = Worker(subject.address), Worker(subject.address), Seen()
+    first, second, seen = Worker(subject.address), Worker(subject.address), Seen(subject)
 
     @first.handler(queue, concurrency=1, prefetch_count=3)
     async def never_ends(_: int) -> None:
@@ -141,7 +141,7 @@ async def test_a_stop_charges_nothing(subject: Subject, kind: QueueKind) -> None
     async with Producer(subject.address) as producer, first:
         await producer.publish_many(queue, range(4))
         await begun.wait()
-        await eventually(lambda: first.statistics().consumers["work"].waiting == 2)
+        await subject.eventually(lambda: first.statistics().consumers["work"].waiting == 2)
         first.stop(grace=0)
     async with second:
         await seen.wait(4)
@@ -155,7 +155,7 @@ async def test_a_stop_charges_nothing(subject: Subject, kind: QueueKind) -> None
 async def test_a_lost_connection_runs_nothing_twice(subject: Subject, kind: QueueKind) -> None:
     """A run that outlives its connection ends; its redelivery is acked and not run again."""
     queue, begun, may_end = Queue("work", int, type=kind), asyncio.Event(), asyncio.Event()
-    worker, seen = Worker(subject.address), Seen()
+    worker, seen = Worker(subject.address), Seen(subject)
 
     @worker.handler(queue)
     async def handle(body: int, delivery: Delivery) -> None:
@@ -167,11 +167,11 @@ async def test_a_lost_connection_runs_nothing_twice(subject: Subject, kind: Queu
         await producer.publish(queue, 1)
         await begun.wait()
         await subject.drop_connections()
-        await eventually(lambda: worker.statistics().consumers["work"].losses == 1)
-        await worker.wait_ready()
+        await subject.eventually(lambda: worker.statistics().consumers["work"].losses == 1)
+        await subject.wait_for(worker.wait_ready())
         await producer.publish(queue, 2)  # the producer is back as well
         may_end.set()
-        await eventually(lambda: worker.statistics().consumers["work"].duplicates == 1)
+        await subject.eventually(lambda: worker.statistics().consumers["work"].duplicates == 1)
         await seen.wait(2)
     assert [body for body, _, _ in seen.deliveries] == [1, 2]
     await wait_empty(subject, "work")
@@ -188,7 +188,7 @@ async def test_what_cannot_be_handled_is_dead_at_once(subject: Subject) -> None:
     async with Producer(subject.address) as producer, worker:
         await producer.publish(queue, 1)
         await producer.publish(Queue("work", str), "no number")
-        await eventually(lambda: worker.statistics().consumers["work"].dead_lettered == 2)
+        await subject.eventually(lambda: worker.statistics().consumers["work"].dead_lettered == 2)
     async with DeadLetters(subject.address, queue) as dead:
         reasons = sorted(letter.reason for letter in await dead.peek())
         assert reasons[0] == "not this one"
@@ -214,7 +214,7 @@ async def test_what_expires_is_dead(subject: Subject) -> None:
         async def is_dead() -> bool:
             return await dead.peek() != []
 
-        await eventually(is_dead)
+        await subject.eventually(is_dead)
         (letter,) = await dead.peek()
         assert (letter.body(), letter.reason, letter.queue) == (1, "expired", "work")
 
@@ -222,7 +222,7 @@ async def test_what_expires_is_dead(subject: Subject) -> None:
 async def test_a_queue_that_operators_own_is_only_used(subject: Subject) -> None:
     """With declare=False a missing queue is an error of worker and producer."""
     queue, worker = Queue("missing", int, declare=False), Worker(subject.address)
-    worker.handler(queue)(seen_by(Seen()))
+    worker.handler(queue)(seen_by(Seen(subject)))
     async with Producer(subject.address) as producer:
         with pytest.raises(UnroutableError):
             await producer.publish(queue, 1)
@@ -232,13 +232,13 @@ async def test_a_queue_that_operators_own_is_only_used(subject: Subject) -> None
 
 async def test_a_worker_outlives_its_queue(subject: Subject) -> None:
     """A deleted queue is declared anew by worker and producer."""
-    queue, worker, seen = Queue("work", int), Worker(subject.address), Seen()
+    queue, worker, seen = Queue("work", int), Worker(subject.address), Seen(subject)
     worker.handler(queue)(seen_by(seen))
     async with Producer(subject.address) as producer, worker:
         await producer.publish(queue, 1)
         await seen.wait(1)
         await subject.delete_queue("work")
-        await eventually(lambda: worker.statistics().consumers["work"].losses == 1)
-        await worker.wait_ready()
+        await subject.eventually(lambda: worker.statistics().consumers["work"].losses == 1)
+        await subject.wait_for(worker.wait_ready())
         await producer.publish(queue, 2)
         await seen.wait(2)

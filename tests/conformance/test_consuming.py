@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from aioworkq import ConnectionLostError, MemoryBroker, Message, TopologyError
+from aioworkq import ConnectionLostError, Message, TopologyError
 from aioworkq.broker import Confirm
 from aioworkq.topology import Binding, ExchangeDeclaration, QueueDeclaration
 from tests.conformance.subject import (
     QUORUM,
     TIMEOUT,
-    consume,
     declare,
     publisher,
-    take_all,
-    wait_ready,
 )
-from tests.consuming import eventually
 
 if TYPE_CHECKING:
     from aioworkq.broker import Connection, Incoming, Subscription
@@ -47,7 +43,7 @@ async def test_deliveries_come_in_order(subject: Subject, arguments: dict[str, A
     """Messages are handed over in the order they were published, numbered, and are new."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1", b"2")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         incoming = await consumer.wait(3)
         assert consumer.bodies == [b"0", b"1", b"2"]
         assert [one.tag for one in incoming] == [1, 2, 3]
@@ -60,9 +56,9 @@ async def test_prefetch_bounds_what_is_out(subject: Subject, arguments: dict[str
     """No more than prefetch_count deliveries are unsettled; an ack makes room for the next one."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1", b"2", b"3")
-        consumer = await consume(connection, "q", prefetch_count=2)
+        consumer = await subject.consume(connection, "q", prefetch_count=2)
         await consumer.wait(2)
-        await wait_ready(connection, "q", 2)
+        await subject.wait_ready(connection, "q", 2)
         assert consumer.settled().ack(2)
         await consumer.wait(3)
         assert consumer.bodies == [b"0", b"1", b"2"]
@@ -73,7 +69,7 @@ async def test_a_delivery_is_settled_once(subject: Subject, arguments: dict[str,
     """A second ack or return of the same delivery does nothing."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(2)
         subscription = consumer.settled()
         assert subscription.ack(1)
@@ -91,12 +87,12 @@ async def test_acked_messages_are_gone(subject: Subject, arguments: dict[str, An
     """What was acked before the channel was closed does not come back; everything else does."""
     async with subject.connect() as connection:
         await start(connection, arguments, *(b"%d" % number for number in range(5)))
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(5)
         for tag in (1, 2, 4):
             consumer.settled().ack(tag)
         await consumer.settled().aclose(timeout=5)
-        left = await take_all(connection, "q", 2)
+        left = await subject.take_all(connection, "q", 2)
         assert [message.body for message in left] == [b"2", b"4"]
 
 
@@ -105,7 +101,7 @@ async def test_what_is_rejected_comes_first(subject: Subject, arguments: dict[st
     """A rejected message is handed over again before those that wait, and is marked."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1", b"2")
-        consumer = await consume(connection, "q", prefetch_count=1)
+        consumer = await subject.consume(connection, "q", prefetch_count=1)
         await consumer.wait(1)
         consumer.settled().requeue(1, counts=True)
         again = (await consumer.wait(2))[1]
@@ -125,21 +121,21 @@ async def test_what_comes_back_to_a_quorum_queue_queues_up_before_it(subject: Su
 async def order_after_returns(subject: Subject, arguments: dict[str, Any]) -> list[bytes]:
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1", b"2", b"3")
-        consumer = await consume(connection, "q", prefetch_count=3)
+        consumer = await subject.consume(connection, "q", prefetch_count=3)
         await consumer.wait(3)
         await consumer.settled().cancel(timeout=5)
         for ready, tag in enumerate((3, 1, 2), 2):
             assert consumer.settled().requeue(tag, counts=True)
-            await wait_ready(connection, "q", ready)
+            await subject.wait_ready(connection, "q", ready)
         await consumer.settled().aclose(timeout=5)
-        return [message.body for message in await take_all(connection, "q", 4)]
+        return [message.body for message in await subject.take_all(connection, "q", 4)]
 
 
 async def test_without_a_limit_what_comes_back_goes_to_the_end(subject: Subject) -> None:
     """A quorum queue without a delivery limit, as in 3.10 by default, requeues at the end."""
     async with subject.connect() as connection:
         await start(connection, {"x-queue-type": "quorum"}, b"0", b"1")
-        consumer = await consume(connection, "q", prefetch_count=1)
+        consumer = await subject.consume(connection, "q", prefetch_count=1)
         await consumer.wait(1)
         consumer.settled().requeue(1, counts=True)
         await consumer.wait(2)
@@ -151,14 +147,14 @@ async def test_a_quorum_queue_counts_returns(subject: Subject) -> None:
     """Rejects and lost channels are counted by every version, nacks before 4.3 only."""
     async with subject.connect() as connection:
         await start(connection, QUORUM, b"x")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         (await consumer.wait(1))[0]
         consumer.settled().requeue(1, counts=True)
         rejected = (await consumer.wait(2))[1]
         consumer.settled().requeue(2, counts=False)
         nacked = (await consumer.wait(3))[2]
         await consumer.settled().aclose(timeout=5)
-        another = await consume(connection, "q")
+        another = await subject.consume(connection, "q")
         lost = (await another.wait(1))[0]
         assert all(one.redelivered for one in (rejected, nacked, lost))
         expected: list[tuple[int | None, int | None]] = [(1, None), (2, None), (3, None)]
@@ -172,7 +168,7 @@ async def test_a_first_delivery_is_not_counted(subject: Subject) -> None:
     """The count of a first delivery is 0 or missing."""
     async with subject.connect() as connection:
         await start(connection, QUORUM, b"x")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         assert set(counts((await consumer.wait(1))[0])) <= {None, 0}
 
 
@@ -180,7 +176,7 @@ async def test_a_nack_alone_is_told(subject: Subject) -> None:
     """A message that was only nacked is marked as redelivered, whether that counts or not."""
     async with subject.connect() as connection:
         await start(connection, QUORUM, b"x")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(1)
         consumer.settled().requeue(1, counts=False)
         again = (await consumer.wait(2))[1]
@@ -192,7 +188,7 @@ async def test_a_classic_queue_counts_nothing(subject: Subject) -> None:
     """A classic queue says only that a message was handed over before."""
     async with subject.connect() as connection:
         await start(connection, CLASSIC, b"x")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         for tag in (1, 2):
             await consumer.wait(tag)
             consumer.settled().requeue(tag, counts=True)
@@ -212,11 +208,11 @@ async def test_the_delivery_limit_ends_it(subject: Subject) -> None:
     async with subject.connect() as connection:
         await declare(connection, "dead")
         await start(connection, arguments, b"x")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         for tag in (1, 2, 3):
             await consumer.wait(tag)
             consumer.settled().requeue(tag, counts=True)
-        (dead,) = await take_all(connection, "dead", 1)
+        (dead,) = await subject.take_all(connection, "dead", 1)
         assert dead.headers["x-first-death-reason"] == "delivery_limit"
         await consumer.wait(3)
 
@@ -225,10 +221,10 @@ async def test_consumers_take_turns(subject: Subject) -> None:
     """Two consumers of a queue get every second message each."""
     async with subject.connect() as connection:
         await start(connection, QUORUM)
-        one = await consume(connection, "q")
-        two = await consume(connection, "q")
+        one = await subject.consume(connection, "q")
+        two = await subject.consume(connection, "q")
         await (await publisher(connection)).publish_bodies("q", *(b"%d" % n for n in range(6)))
-        await eventually(lambda: len(one.deliveries) + len(two.deliveries) == 6)
+        await subject.eventually(lambda: len(one.deliveries) + len(two.deliveries) == 6)
         assert {tuple(one.bodies), tuple(two.bodies)} == {(b"0", b"2", b"4"), (b"1", b"3", b"5")}
 
 
@@ -236,10 +232,10 @@ async def test_who_has_no_room_is_passed_over(subject: Subject) -> None:
     """A consumer whose prefetch is used up gets nothing, another one gets it."""
     async with subject.connect() as connection:
         await start(connection, QUORUM)
-        busy = await consume(connection, "q", prefetch_count=1)
-        free = await consume(connection, "q")
+        busy = await subject.consume(connection, "q", prefetch_count=1)
+        free = await subject.consume(connection, "q")
         await (await publisher(connection)).publish_bodies("q", *(b"%d" % n for n in range(5)))
-        await eventually(lambda: len(free.deliveries) == 4)
+        await subject.eventually(lambda: len(free.deliveries) == 4)
         await busy.wait(1)
 
 
@@ -250,15 +246,15 @@ async def test_a_cancelled_consumer_settles_what_it_has(
     """After cancel nothing comes any more, and what came can still be acked or returned."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(2)
         subscription = consumer.settled()
         await subscription.cancel(timeout=5)
         await (await publisher(connection)).publish_bodies("q", b"2")
-        await wait_ready(connection, "q", 1)
+        await subject.wait_ready(connection, "q", 1)
         assert subscription.ack(1)
         assert subscription.requeue(2, counts=True)
-        await wait_ready(connection, "q", 2)
+        await subject.wait_ready(connection, "q", 2)
         await subscription.aclose(timeout=5)
         await subscription.aclose(timeout=5)
         assert subscription.is_lost
@@ -271,17 +267,17 @@ async def test_a_cancelled_consumer_goes_on(subject: Subject, arguments: dict[st
     """After resume deliveries come again, with the new prefetch; what it had it still has."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0")
-        consumer = await consume(connection, "q", prefetch_count=5)
+        consumer = await subject.consume(connection, "q", prefetch_count=5)
         await consumer.wait(1)
         subscription = consumer.settled()
         for _ in range(2):
             await subscription.cancel(timeout=5)
         await (await publisher(connection)).publish_bodies("q", b"1", b"2", b"3")
-        await wait_ready(connection, "q", 3)
+        await subject.wait_ready(connection, "q", 3)
         assert subscription.ack(1)
         await subscription.resume(prefetch_count=2, timeout=5)
         await consumer.wait(3)
-        await wait_ready(connection, "q", 1)
+        await subject.wait_ready(connection, "q", 1)
         assert subscription.ack(2)
         await consumer.wait(4)
         assert consumer.bodies == [b"0", b"1", b"2", b"3"]
@@ -305,11 +301,11 @@ async def test_a_queue_can_be_deleted(subject: Subject, arguments: dict[str, Any
 
 async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
     """With x-expires, a queue goes when it had no consumer, and nobody looked, for so long."""
-    lease = 50 if isinstance(subject.address, MemoryBroker) else 500  # milliseconds
+    lease = 500  # milliseconds
     async with subject.connect() as connection:
         await start(connection, {"x-expires": lease}, queue="unused")
         await start(connection, {"x-expires": lease}, queue="used")
-        consumer = await consume(connection, "used")
+        consumer = await subject.consume(connection, "used")
         publishing = await publisher(connection)
 
         async def is_gone(queue: str) -> bool:
@@ -317,10 +313,10 @@ async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
             return await publishing.publish(Message(b"x", queue)) is Confirm.RETURNED
 
         await connection.count_messages("unused", timeout=TIMEOUT)
-        await eventually(lambda: is_gone("unused"))
+        await subject.eventually(lambda: is_gone("unused"))
         assert not await is_gone("used")
         await consumer.settled().aclose(timeout=5)
-        await eventually(lambda: is_gone("used"))
+        await subject.eventually(lambda: is_gone("used"))
 
 
 @BOTH
@@ -330,7 +326,7 @@ async def test_a_lost_connection_returns_everything(
     """When the connection is lost, what was unsettled is handed over again, in order."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0", b"1", b"2")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(3)
         consumer.settled().ack(1)
         await wait_unacked_are(connection, consumer.settled())
@@ -340,7 +336,7 @@ async def test_a_lost_connection_returns_everything(
         assert not consumer.settled().requeue(3, counts=True)
         await consumer.settled().cancel(timeout=5)
         await connection.wait_connected()
-        again = await consume(connection, "q")
+        again = await subject.consume(connection, "q")
         assert [one.redelivered for one in await again.wait(2)] == [True, True]
         assert again.bodies == [b"1", b"2"]
 
@@ -357,7 +353,7 @@ async def test_a_deleted_queue_ends_its_consumers(
     """A consumer whose queue is deleted is lost, and says so; the connection stays."""
     async with subject.connect() as connection:
         await start(connection, arguments, b"0")
-        consumer = await consume(connection, "q")
+        consumer = await subject.consume(connection, "q")
         await consumer.wait(1)
         await subject.delete_queue("q")
         assert "queue" in await consumer.settled().wait_lost()
@@ -366,7 +362,7 @@ async def test_a_deleted_queue_ends_its_consumers(
         await consumer.settled().aclose(timeout=5)
         assert connection.is_connected
         with pytest.raises(TopologyError) as caught:
-            await consume(connection, "q")
+            await subject.consume(connection, "q")
         assert caught.value.code == 404
 
 
@@ -377,7 +373,7 @@ async def test_a_missing_queue_is_told(subject: Subject) -> None:
         for call in (
             connection.count_messages("missing", timeout=TIMEOUT),
             getter.get(timeout=TIMEOUT),
-            consume(connection, "missing"),
+            subject.consume(connection, "missing"),
         ):
             with pytest.raises(TopologyError) as caught:
                 await call
@@ -399,8 +395,8 @@ async def test_taking_one_by_one(subject: Subject, arguments: dict[str, Any]) ->
         assert await connection.count_messages("q", timeout=TIMEOUT) == 0
         await getter.aclose(timeout=5)
         await getter.aclose(timeout=5)
-        await wait_ready(connection, "q", 2)
-        assert [one.body for one in await take_all(connection, "q", 2)] == [b"0", b"2"]
+        await subject.wait_ready(connection, "q", 2)
+        assert [one.body for one in await subject.take_all(connection, "q", 2)] == [b"0", b"2"]
         with pytest.raises(ConnectionLostError):
             await getter.get(timeout=TIMEOUT)
 
@@ -417,7 +413,7 @@ async def test_priorities_of_a_classic_queue(subject: Subject) -> None:
     async with subject.connect() as connection:
         await declare(connection, "q", max_priority=5)
         await publish_priorities(connection, None, 0, 2, 5, 9, 1)
-        bodies = [message.body for message in await take_all(connection, "q", 6)]
+        bodies = [message.body for message in await subject.take_all(connection, "q", 6)]
         assert bodies == [b"3:5", b"4:9", b"2:2", b"5:1", b"0:None", b"1:0"]
 
 
@@ -426,7 +422,7 @@ async def test_priorities_of_a_quorum_queue(subject: Subject) -> None:
     async with subject.connect() as connection:
         await connection.declare([QueueDeclaration("q", QUORUM)], timeout=TIMEOUT)
         await publish_priorities(connection, None, 1, 5, 9, 6)
-        bodies = [message.body for message in await take_all(connection, "q", 5)]
+        bodies = [message.body for message in await subject.take_all(connection, "q", 5)]
     if subject.number < (4, 0):
         assert bodies == [b"0:None", b"1:1", b"2:5", b"3:9", b"4:6"]
     elif subject.number < (4, 3):
@@ -447,7 +443,7 @@ async def test_what_expires_is_dead_lettered(subject: Subject, arguments: dict[s
         channel = await publisher(connection)
         message = Message(b"x", "q", expiration=0.05, headers={"own": 1}, message_id="id")
         assert await channel.publish(message) is Confirm.ACK
-        (dead,) = await take_all(connection, "dead", 1)
+        (dead,) = await subject.take_all(connection, "dead", 1)
         assert (dead.body, dead.message_id, dead.headers["own"]) == (b"x", "id", 1)
         assert (dead.exchange, dead.routing_key, dead.expiration) == ("", "dead", None)
         (death,) = dead.headers["x-death"]
@@ -489,16 +485,19 @@ async def test_messages_expire_at_the_head_only(
         )
         probe.routing_key = "probe"
         await channel.publish(probe)
-        await wait_ready(connection, "probed", 1)  # 0.3 s have passed on the broker's clock
+        await subject.wait_ready(connection, "probed", 1)  # 0.3 s have passed on the broker's clock
         assert await connection.count_messages("q", timeout=TIMEOUT) == 3
         getter = await connection.open_getter("q", timeout=TIMEOUT)
         first = await getter.get(timeout=TIMEOUT)
         assert first is not None
         assert first.message.body == b"long"
-        await wait_ready(connection, "dead", 2)
+        await subject.wait_ready(connection, "dead", 2)
         assert await getter.get(timeout=TIMEOUT) is None
         await getter.aclose(timeout=5)
-        assert [one.body for one in await take_all(connection, "dead", 2)] == [b"short", b"also"]
+        assert [one.body for one in await subject.take_all(connection, "dead", 2)] == [
+            b"short",
+            b"also",
+        ]
 
 
 async def test_a_time_to_live_leads_through_exchanges(subject: Subject) -> None:
@@ -525,7 +524,7 @@ async def test_a_time_to_live_leads_through_exchanges(subject: Subject) -> None:
         channel = await publisher(connection)
         message = Message(b"x", "", exchange="first", routing_key="some.key", expiration=60)
         assert await channel.publish(message) is Confirm.ACK
-        (got,) = await take_all(connection, "q", 1)
+        (got,) = await subject.take_all(connection, "q", 1)
         assert (got.exchange, got.routing_key) == ("next", "some.key")
 
 
@@ -536,7 +535,7 @@ async def test_a_cycle_without_a_reject_is_dropped(subject: Subject) -> None:
         await connection.declare([QueueDeclaration("q", itself)], timeout=TIMEOUT)
         channel = await publisher(connection)
         await channel.publish(Message(b"x", "q", expiration=0.05))
-        await wait_ready(connection, "q", 0)
+        await subject.wait_ready(connection, "q", 0)
 
 
 async def test_a_published_x_death_is_believed_before_4(subject: Subject) -> None:
@@ -550,7 +549,7 @@ async def test_a_published_x_death_is_believed_before_4(subject: Subject) -> Non
         await channel.publish(Message(b"does not", "q", expiration=0.05))
         is_believed = subject.number < (4, 0)
         expected = [b"does not"] if is_believed else [b"claims", b"does not"]
-        got = await take_all(connection, "dead", len(expected))
+        got = await subject.take_all(connection, "dead", len(expected))
         assert [message.body for message in got] == expected
 
 
@@ -580,7 +579,7 @@ async def test_deaths_are_counted_by_queue_and_reason(subject: Subject) -> None:
             timeout=TIMEOUT,
         )
         await (await publisher(connection)).publish_bodies("one", b"x")
-        (got,) = await take_all(connection, "end", 1)
+        (got,) = await subject.take_all(connection, "end", 1)
         deaths = got.headers["x-death"]
         assert [(death["queue"], death["count"]) for death in deaths] == [("two", 1), ("one", 1)]
         assert got.headers["x-first-death-queue"] == "one"
@@ -591,11 +590,11 @@ async def test_a_call_that_is_given_up_leaves_nothing_behind(subject: Subject) -
     async with subject.connect() as connection:
         await start(connection, QUORUM, b"x")
         for steps in range(6):
-            call = asyncio.ensure_future(consume(connection, "q"))
+            call = asyncio.ensure_future(subject.consume(connection, "q"))
             for _ in range(steps):
                 await asyncio.sleep(0)
             call.cancel()
             await asyncio.wait({call})
             if not call.cancelled():
                 await call.result().settled().aclose(timeout=5)
-            await wait_ready(connection, "q", 1)
+            await subject.wait_ready(connection, "q", 1)

@@ -16,10 +16,7 @@ from tests.conformance.subject import (
     TIMEOUT,
     declare,
     publisher,
-    take_all,
-    wait_ready,
 )
-from tests.consuming import eventually
 
 if TYPE_CHECKING:
     from aioworkq.topology import Declaration
@@ -35,7 +32,7 @@ async def test_what_a_queue_takes_is_confirmed(subject: Subject) -> None:
         answers = await asyncio.gather(*(one.answer for one in sent))
         assert {confirm for confirm, _ in answers} == {Confirm.ACK}
         assert channel.channel.take_unconfirmed() == []
-        bodies = [message.body for message in await take_all(connection, "q", 10)]
+        bodies = [message.body for message in await subject.take_all(connection, "q", 10)]
         assert bodies == [b"%d" % number for number in range(10)]
 
 
@@ -68,7 +65,7 @@ async def test_a_full_classic_queue_refuses(subject: Subject) -> None:
         channel = await publisher(connection)
         confirms = [await channel.publish(Message(b"x", "q")) for _ in range(5)]
         assert confirms == [Confirm.ACK] * 3 + [Confirm.NACK] * 2
-        await take_all(connection, "q", 3)
+        await subject.take_all(connection, "q", 3)
         assert await channel.publish(Message(b"x", "q")) is Confirm.ACK
 
 
@@ -85,12 +82,12 @@ async def test_a_full_quorum_queue_refuses(subject: Subject) -> None:
         taken = confirms.index(Confirm.NACK)
         assert 6 <= taken < 8
         assert confirms == [Confirm.ACK] * taken + [Confirm.NACK] * (8 - taken)
-        await take_all(connection, "q", taken)
+        await subject.take_all(connection, "q", taken)
 
         async def is_taken() -> bool:
             return await channel.publish(Message(b"x", "q")) is Confirm.ACK
 
-        await eventually(is_taken)
+        await subject.eventually(is_taken)
 
 
 async def test_a_full_queue_drops_its_head(subject: Subject) -> None:
@@ -105,8 +102,11 @@ async def test_a_full_queue_drops_its_head(subject: Subject) -> None:
             dead_letter_routing_key="dead",
         )
         await (await publisher(connection)).publish_bodies("q", b"0", b"1", b"2")
-        assert [message.body for message in await take_all(connection, "q", 2)] == [b"1", b"2"]
-        (dead,) = await take_all(connection, "dead", 1)
+        assert [message.body for message in await subject.take_all(connection, "q", 2)] == [
+            b"1",
+            b"2",
+        ]
+        (dead,) = await subject.take_all(connection, "dead", 1)
         assert (dead.body, dead.headers["x-first-death-reason"]) == (b"0", "maxlen")
 
 
@@ -141,7 +141,7 @@ async def test_properties_arrive(subject: Subject) -> None:
     async with subject.connect() as connection:
         await declare(connection, "q")
         assert await (await publisher(connection)).publish(message) is Confirm.ACK
-        (got,) = await take_all(connection, "q", 1)
+        (got,) = await subject.take_all(connection, "q", 1)
     second = now.replace(microsecond=0)
     assert got.headers == headers | {"time": second, "list": ["a", 1, {"b": [2.5]}]}
     assert (got.body, got.queue, got.exchange, got.routing_key) == (b"\x00body", "q", "", "q")
@@ -216,9 +216,9 @@ async def test_topics_lead_where_their_bindings_say(
         message = Message(b"x", "", exchange="topic", routing_key=key)
         assert await channel.publish(message) is Confirm.ACK
         for queue in ("one", "other", "rest"):
-            await wait_ready(connection, queue, int(queue in queues))
+            await subject.wait_ready(connection, queue, int(queue in queues))
         if queues == {"one"}:
-            (got,) = await take_all(connection, "one", 1)
+            (got,) = await subject.take_all(connection, "one", 1)
             assert (got.exchange, got.routing_key) == ("topic", key)
 
 
@@ -241,7 +241,7 @@ async def test_declaring_again_changes_nothing(subject: Subject) -> None:
         await declare(connection, "q")
         await (await publisher(connection)).publish_bodies("q", b"x")
         await declare(connection, "q", queue_type="quorum")
-        await wait_ready(connection, "q", 1)
+        await subject.wait_ready(connection, "q", 1)
 
 
 @pytest.mark.parametrize(
@@ -289,13 +289,13 @@ async def test_a_blocked_publisher_waits(subject: Subject) -> None:
         assert not connection.is_blocked
         async with subject.alarm():
             sent = channel.send(Message(b"meanwhile", "q"))
-            await eventually(lambda: connection.is_blocked)
+            await subject.eventually(lambda: connection.is_blocked)
             assert await another.count_messages("q", timeout=TIMEOUT) == 1
             assert not sent.answer.done()
         async with asyncio.timeout(TIMEOUT):
             assert (await sent.answer)[0] is Confirm.ACK
-        await eventually(lambda: not connection.is_blocked)  # RabbitMQ may tell after the confirm
-        await take_all(another, "q", 2)
+        assert not connection.is_blocked
+        await subject.take_all(another, "q", 2)
 
 
 async def test_a_dropped_connection_leaves_what_is_unconfirmed(subject: Subject) -> None:
@@ -309,10 +309,10 @@ async def test_a_dropped_connection_leaves_what_is_unconfirmed(subject: Subject)
         sent = channel.send(Message(b"too late", "q"))
         assert channel.channel.take_unconfirmed() == [sent]
         assert channel.channel.refusal is None
-        await eventually(lambda: connection.is_connected)
+        await subject.eventually(lambda: connection.is_connected)
         assert connection.reconnects == 1
         assert connection.last_error
-        await take_all(connection, "q", 1)
+        await subject.take_all(connection, "q", 1)
 
 
 async def test_a_closed_connection_is_of_no_use(subject: Subject) -> None:
@@ -331,8 +331,8 @@ async def test_time_is_told_and_passes(subject: Subject) -> None:
     """A connection tells the time, waits for time, and stops waiting when an event is set."""
     async with subject.connect() as connection:
         began, event = connection.now(), asyncio.Event()
-        await connection.sleep(0.05)
-        await connection.sleep(0.05, until=event)
+        await subject.wait_for(connection.sleep(0.05))
+        await subject.wait_for(connection.sleep(0.05, until=event))
         assert connection.now() - began >= timedelta(seconds=0.1)
         asyncio.get_running_loop().call_later(0.01, event.set)
         async with asyncio.timeout(TIMEOUT):
