@@ -65,7 +65,8 @@ class RetryPolicy:
             spread: A random number of [0, 1) from the caller; 0 for the delay without jitter.
         """
         try:
-            longest = self.first * self.factor ** (attempt - 1)
+            # As a float, which overflows: a large int would be worked out digit by digit.
+            longest = self.first * float(self.factor) ** (attempt - 1)
         except OverflowError:
             longest = self.max
         return min(self.max, longest) * (1 - self.jitter * spread)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioworkq.delay import (
@@ -75,6 +75,7 @@ BROKER = Broker(["orders", "eu.orders", "*.orders", "q" * 250])
 
 
 @given(st.floats(0.001, MAX_DELAY))
+@settings(deadline=None)
 def test_the_times_in_the_queues_add_up_to_the_delay(delay: float) -> None:
     """Never early, at most five queues, and never more than one part in 16 or an eighth late."""
     way = route("orders", delay)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pamqp.frame
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import commands as spec
 from pamqp.body import ContentBody
@@ -99,6 +99,7 @@ def everything() -> bytes:
 
 
 @given(size=st.integers(1, 300))
+@settings(deadline=None)
 def test_frames_are_told_apart_wherever_the_stream_is_cut(size: int) -> None:
     """Ours go to the tap, all others pass unchanged and in order."""
     stream = Stream()

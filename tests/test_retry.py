@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aioworkq.retry import RetryPolicy, requeue_pause
@@ -33,6 +33,7 @@ def test_jitter_takes_off_at_most_its_part() -> None:
 
 
 @given(st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
+@settings(deadline=None)
 def test_no_delay_is_negative_or_longer_than_max(attempt: int, spread: float) -> None:
     """However often it is tried, even where the power overflows."""
     policy = RetryPolicy(attempts=10**6, first=0.5, max=120, factor=3, jitter=1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pamqp.frame
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp.body import ContentBody
 from pamqp.commands import Basic
@@ -109,12 +109,14 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(TEXT.filter(lambda name: len(name.encode()) <= 128), VALUES, max_size=5))
+@settings(deadline=None)
 def test_headers_make_the_round_trip(headers: dict[str, Any]) -> None:
     """With all their types, and floats in full."""
     assert round_trip(Message(b"x", "q", headers=headers)).headers == headers
 
 
 @given(st.binary(max_size=5000))
+@settings(deadline=None)
 def test_a_long_body_is_split_into_frames(body: bytes) -> None:
     """No frame is larger than was negotiated."""
     frames = decoded(encoded(Message(body, "q"), frame_max=512))
