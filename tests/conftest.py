@@ -29,6 +29,7 @@ module where that is on purpose.
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import re
 import signal
@@ -40,14 +41,16 @@ from typing import TYPE_CHECKING
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 
-from aioworkq import Producer
-from aioworkq.amqp import features
-from aioworkq.testing import RabbitMQ
-from tests.consuming import Broker
-from tests.proxy import Proxy
-
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Generator, Iterator
+
+    from aioworkq import Producer
+    from aioworkq.testing import RabbitMQ
+    from tests.consuming import Broker
+    from tests.proxy import Proxy
+
+# Fixtures import what they need themselves: pytest-xdist's controller reads this file, and has no
+# use for the library.
 
 NEED_RABBITMQ = {"rabbitmq", "url", "proxy", "proxy_url", "own_node"}
 
@@ -77,6 +80,8 @@ def documented_calls(request: pytest.FixtureRequest) -> Iterator[bool]:
     wanted = bool(request.config.getoption("--documented-calls"))
     with pytest.MonkeyPatch.context() as patch:
         if wanted:
+            from aioworkq.amqp import features  # noqa: PLC0415 - see above
+
             patch.setattr(features, "CHANNEL_NAMES", (*features.CHANNEL_NAMES, "no_such_name"))
         yield wanted
 
@@ -96,6 +101,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames.insert(
                 item.fixturenames.index("no_thread_leaks") + 1, "no_task_leaks"
             )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Look for no garbage while tests are collected: what is made then stays, and is much."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -137,6 +152,8 @@ def is_long(pytestconfig: pytest.Config) -> bool:
 @pytest.fixture(scope="session")
 def rabbitmq(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node that all tests share."""
+    from aioworkq.testing import RabbitMQ  # noqa: PLC0415 - see above
+
     with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
@@ -151,6 +168,8 @@ def url(rabbitmq: RabbitMQ, portal: BlockingPortal, queue_name: str) -> Iterator
 @pytest.fixture
 async def proxy(rabbitmq: RabbitMQ) -> AsyncIterator[Proxy]:
     """A proxy of this test in front of the shared node."""
+    from tests.proxy import Proxy  # noqa: PLC0415 - see above
+
     async with Proxy(rabbitmq.port) as proxy:
         yield proxy
 
@@ -164,6 +183,8 @@ def proxy_url(proxy: Proxy, url: str) -> str:
 @pytest.fixture
 async def broker(url: str) -> AsyncIterator[Broker]:
     """A plain connection to the test's virtual host."""
+    from tests.consuming import Broker  # noqa: PLC0415 - see above
+
     async with Broker(url) as broker:
         yield broker
 
@@ -171,6 +192,8 @@ async def broker(url: str) -> AsyncIterator[Broker]:
 @pytest.fixture
 async def producer(url: str) -> AsyncIterator[Producer]:
     """A producer of the test's virtual host."""
+    from aioworkq import Producer  # noqa: PLC0415 - see above
+
     async with Producer(url, timeout=20) as producer:
         yield producer
 
@@ -178,6 +201,8 @@ async def producer(url: str) -> AsyncIterator[Producer]:
 @pytest.fixture
 def own_node(portal: BlockingPortal, version: str | None) -> Iterator[RabbitMQ]:
     """A node of this test alone."""
+    from aioworkq.testing import RabbitMQ  # noqa: PLC0415 - see above
+
     with portal.wrap_async_context_manager(RabbitMQ(version=version)) as node:
         yield node
 
