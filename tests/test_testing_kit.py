@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import textwrap
 import threading
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -29,10 +26,7 @@ from aioworkq import (
     StateError,
     Worker,
 )
-from aioworkq.testing import Drained, deliver, drain
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from aioworkq.testing import Drained, NotInstalledError, RabbitMQ, deliver, drain
 
 NUMBERS = Queue("numbers", int)
 
@@ -272,6 +266,13 @@ def test_every_test_has_a_virtual_host_of_its_own(rabbitmq, rabbitmq_url: str) -
     assert "/test-" in rabbitmq_url
 """
 
+# The plugins that are installed are loaded by themselves, as for users: all but that of Hypothesis,
+# which may be in use in this process before.
+OPTIONS = (
+    *("-rs", "-c", os.devnull, "--rootdir", "."),
+    *("-o", "asyncio_default_fixture_loop_scope=function"),  # or pytest-asyncio warns
+    *("-p", "no:hypothesispytest"),
+)
 MARKS = {"asyncio": "@pytest.mark.asyncio", "anyio": "@pytest.mark.anyio"}
 BACKEND = """
 @pytest.fixture
@@ -280,45 +281,35 @@ def anyio_backend():
 """
 
 
-def run_pytest(
-    folder: Path, tests: str, plugin: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run tests in a project without configuration, with the plugins that are installed."""
-    (folder / "test_it.py").write_text(
-        textwrap.dedent(tests).format(mark=MARKS[plugin]) + (BACKEND if plugin == "anyio" else "")
-    )
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rs", "--rootdir", folder, "-c", os.devnull],
-        cwd=folder,
-        env=os.environ | environment,
-        timeout=120,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def write_tests(pytester: pytest.Pytester, tests: str, plugin: str) -> None:
+    """Make a project without configuration."""
+    backend = BACKEND if plugin == "anyio" else ""
+    pytester.makepyfile(textwrap.dedent(tests).format(mark=MARKS[plugin]) + backend)
 
 
-def test_the_plugin_works_under_pytest_asyncio(tmp_path: Path) -> None:
+def test_the_plugin_works_under_pytest_asyncio(pytester: pytest.Pytester) -> None:
     """The fixture of the memory broker is there for tests that pytest-asyncio runs."""
-    done = run_pytest(tmp_path, TESTS, "asyncio")
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    write_tests(pytester, TESTS, "asyncio")
+    pytester.runpytest_inprocess(*OPTIONS).assert_outcomes(passed=1)
 
 
 @pytest.mark.rabbitmq
-def test_the_plugin_starts_a_node(tmp_path: Path) -> None:
+def test_the_plugin_starts_a_node(pytester: pytest.Pytester) -> None:
     """A test that asks for a node gets one, with an empty virtual host."""
-    done = run_pytest(tmp_path, TESTS + NODE_TESTS, "anyio")
-    assert "3 passed" in done.stdout, done.stdout + done.stderr
+    write_tests(pytester, TESTS + NODE_TESTS, "anyio")
+    pytester.runpytest_subprocess(*OPTIONS, timeout=120).assert_outcomes(passed=3)
 
 
-def test_without_rabbitmq_its_tests_are_skipped(tmp_path: Path) -> None:
+def test_without_rabbitmq_its_tests_are_skipped(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where RabbitMQ is missing, tests that need it are skipped and say why; AnyIO runs others."""
-    (tmp_path / "conftest.py").write_text(
-        "from aioworkq.testing import NotInstalledError, RabbitMQ\n"
-        "async def start(self):\n"
-        "    raise NotInstalledError('no node', reason='not there', advice='Install it.')\n"
-        "RabbitMQ.start = start\n"
-    )
-    done = run_pytest(tmp_path, TESTS + NODE_TESTS, "anyio")
-    assert "1 passed, 2 skipped" in done.stdout, done.stdout + done.stderr
-    assert "needs a RabbitMQ server" in done.stdout
+
+    async def start(_: RabbitMQ) -> None:
+        raise NotInstalledError("no node", reason="not there", advice="Install it.")
+
+    monkeypatch.setattr(RabbitMQ, "start", start)
+    write_tests(pytester, TESTS + NODE_TESTS, "anyio")
+    done = pytester.runpytest_inprocess(*OPTIONS)
+    done.assert_outcomes(passed=1, skipped=2)
+    done.stdout.fnmatch_lines("*needs a RabbitMQ server*")
