@@ -41,12 +41,14 @@ def matches_topic(pattern: list[str], words: list[str]) -> bool:
 
     (https://www.rabbitmq.com/tutorials/amqp-concepts#exchange-topic)
     """
-    if not pattern:
-        return not words
-    head, rest = pattern[0], pattern[1:]
-    if head == "#":
-        return any(matches_topic(rest, words[skipped:]) for skipped in range(len(words) + 1))
-    return bool(words) and head in {"*", words[0]} and matches_topic(rest, words[1:])
+    for position, part in enumerate(pattern):
+        if part == "#":
+            rest = pattern[position + 1 :]
+            ends = range(position, len(words) + 1)
+            return any(matches_topic(rest, words[end:]) for end in ends)
+        if position == len(words) or part not in {"*", words[position]}:
+            return False
+    return len(pattern) == len(words)
 
 
 def route(exchanges: Mapping[str, Exchange], first: Exchange, routing_key: str) -> list[str]:
