@@ -1,5 +1,5 @@
 # make demo   see it work            make lint    formatters, linters, type checkers
-# make test   lint, tests, coverage  make bench   measure it
+# make test   lint, tests, coverage  make bench   measure it (PARTS="latency import": only some)
 # make clean  remove what the others made
 # make test-all   the same, then the tests with RabbitMQ 4.0 and 4.3 (Debian, by root), and without
 #                 the fast paths
@@ -52,7 +52,7 @@ bench: $(VENV)/installed rabbitmq .venv-bench/installed
 	@# The C client is measured where it can be built.
 	@command -v gcc >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 		{ [ -e /usr/include/amqp.h ] || apt-get -qq -y install librabbitmq-dev >/dev/null; } || true
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks $(PARTS)
 
 # Other work queues, to be compared with, in an environment of their own.
 .venv-bench/installed: tests/benchmarks/peers.txt $(VENV)/installed

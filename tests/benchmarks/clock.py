@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Measurement:
@@ -17,3 +22,29 @@ class Measurement:
         self.wall = time.perf_counter() - self._wall
         self.cpu = time.process_time() - self._cpu
         return self
+
+
+class Count:
+    """Counts messages, from the first to the last; calls back at the end. Threads may share it."""
+
+    def __init__(self, last: int, done: Callable[[], object]) -> None:
+        self._last = last
+        self._done = done
+        self._seen = 0
+        self._lock = threading.Lock()
+        self._clock: Measurement | None = None
+
+    @property
+    def clock(self) -> Measurement:
+        """What it took; there is nothing before the first message."""
+        assert self._clock is not None
+        return self._clock
+
+    def add(self, number: int = 1) -> None:
+        with self._lock:
+            self._clock = self._clock or Measurement()
+            before = self._seen
+            self._seen += number
+            if before < self._last <= self._seen:
+                self._clock.stop()
+                self._done()

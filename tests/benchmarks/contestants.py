@@ -1,203 +1,350 @@
 """The programs that are compared; each is run in a process of its own.
 
-``python -m tests.benchmarks.contestants NAME URL QUEUE COUNT`` prints one line of JSON: messages,
-seconds, and seconds of CPU, from the first message to the last, without start-up.
+``python -m tests.benchmarks.contestants NAME JOB`` prints lines of JSON. The last one says how many
+messages, in how many seconds, with how many seconds of CPU, from the first message to the last,
+without start-up, and how much memory the process had at most. JOB is a `Job`, as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import resource
 import sys
+import time
 from collections.abc import Callable, Coroutine
-from typing import Final
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, cast
 
 import aio_pika
 
 from aioworkq import Producer, Queue, Worker
-from tests.benchmarks.clock import Measurement
+from tests.benchmarks.clock import Count, Measurement
+from tests.benchmarks.job import PREFETCH, Job, Latencies, publish_stamped, say
 
-BODY: Final = b"x" * 256
-PREFETCH: Final = 100
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
 
-Contestant = Callable[[str, str, int], Coroutine[None, None, Measurement]]
+    from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
+    from aioworkq.topology import QueueType
 
-def bench_queue(name: str) -> Queue[bytes]:
-    return Queue(name, bytes, type="classic")
-
-
-async def ours_publish_1(url: str, queue: str, count: int) -> Measurement:
-    async with Producer(url) as producer:
-        await producer.publish(bench_queue(queue), BODY)
-        clock = Measurement()
-        for _ in range(count):
-            await producer.publish(bench_queue(queue), BODY)
-        return clock.stop()
+Contestant = Callable[[Job], Coroutine[None, None, Measurement]]
 
 
-async def ours_publish(url: str, queue: str, count: int, *, tasks: int) -> Measurement:
-    async with Producer(url) as producer:
-        target = bench_queue(queue)
-        await producer.publish(target, BODY)
+def bench_queue(name: str, queue_type: str = "classic") -> Queue[bytes]:
+    return Queue(name, bytes, type=cast("QueueType", queue_type))
+
+
+# Publishing
+
+
+async def ours_publish(job: Job, *, tasks: int) -> Measurement:
+    async with Producer(job.url) as producer:
+        target = bench_queue(job.queue, job.queue_type)
+        body = job.body
+        await producer.publish(target, body)
 
         async def publisher() -> None:
-            for _ in range(count // tasks):
-                await producer.publish(target, BODY)
+            for _ in range(job.count // tasks):
+                await producer.publish(target, body)
 
         clock = Measurement()
         await asyncio.gather(*(publisher() for _ in range(tasks)))
         return clock.stop()
 
 
-async def ours_publish_many(url: str, queue: str, count: int) -> Measurement:
-    async with Producer(url) as producer:
-        target = bench_queue(queue)
-        await producer.publish(target, BODY)
+async def ours_publish_many(job: Job) -> Measurement:
+    async with Producer(job.url) as producer:
+        target = bench_queue(job.queue, job.queue_type)
+        body = job.body
+        await producer.publish(target, body)
         clock = Measurement()
-        report = await producer.publish_many(target, (BODY for _ in range(count)))
+        report = await producer.publish_many(target, (body for _ in range(job.count)))
         report.raise_for_errors()
         return clock.stop()
 
 
-async def ours_consume(url: str, queue: str, count: int) -> Measurement:
-    worker = Worker(url)
-    seen = 0
-    clock: Measurement | None = None
-    done = asyncio.Event()
-
-    @worker.handler(bench_queue(queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
-    async def handle(body: bytes) -> None:
-        nonlocal seen, clock
-        clock = clock or Measurement()
-        seen += 1
-        if seen == count:
-            clock.stop()
-            done.set()
-
-    async with worker:
-        await done.wait()
-    assert clock is not None
-    return clock
+def idiom_message(body: bytes) -> aio_pika.Message:
+    return aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
 
 
-async def idiom_channel(
-    url: str,
-) -> tuple[aio_pika.abc.AbstractRobustConnection, aio_pika.abc.AbstractChannel]:
-    connection = await aio_pika.connect_robust(url)
-    return connection, await connection.channel()
-
-
-def idiom_message() -> aio_pika.Message:
-    return aio_pika.Message(BODY, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
-
-
-async def idiom_publish_1(url: str, queue: str, count: int) -> Measurement:
-    connection, channel = await idiom_channel(url)
+@asynccontextmanager
+async def idiom_channel(job: Job) -> AsyncGenerator[AbstractChannel]:
+    connection = await aio_pika.connect_robust(job.url)
     async with connection:
-        await channel.default_exchange.publish(idiom_message(), routing_key=queue)
-        clock = Measurement()
-        for _ in range(count):
-            await channel.default_exchange.publish(idiom_message(), routing_key=queue)
-        return clock.stop()
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=PREFETCH)
+        yield channel
 
 
-async def idiom_publish(url: str, queue: str, count: int, *, tasks: int) -> Measurement:
-    connection, channel = await idiom_channel(url)
-    async with connection:
+async def idiom_publish(job: Job, *, tasks: int) -> Measurement:
+    async with idiom_channel(job) as channel:
         exchange = channel.default_exchange
-        await exchange.publish(idiom_message(), routing_key=queue)
+        body = job.body
+        await exchange.publish(idiom_message(body), routing_key=job.queue)
 
         async def publisher() -> None:
-            for _ in range(count // tasks):
-                await exchange.publish(idiom_message(), routing_key=queue)
+            for _ in range(job.count // tasks):
+                await exchange.publish(idiom_message(body), routing_key=job.queue)
 
         clock = Measurement()
         await asyncio.gather(*(publisher() for _ in range(tasks)))
         return clock.stop()
 
 
-async def idiom_consume(url: str, queue: str, count: int) -> Measurement:
-    connection, channel = await idiom_channel(url)
-    seen = 0
-    clock: Measurement | None = None
+# Consuming
+
+
+async def ours_consume(job: Job) -> Measurement:
+    worker = Worker(job.url)
     done = asyncio.Event()
-    async with connection:
-        await channel.set_qos(prefetch_count=PREFETCH)
-        declared = await channel.declare_queue(queue, durable=True)
+    count = Count(job.count, done.set)
 
-        async def handle(message: aio_pika.abc.AbstractIncomingMessage) -> None:
-            nonlocal seen, clock
-            async with message.process():
-                clock = clock or Measurement()
-                seen += 1
-            if seen == count:
-                clock.stop()
-                done.set()
+    @worker.handler(
+        bench_queue(job.queue, job.queue_type), concurrency=PREFETCH, prefetch_count=PREFETCH
+    )
+    async def handle(body: bytes) -> None:
+        count.add()
 
-        await declared.consume(handle)
+    async with worker:
         await done.wait()
-    assert clock is not None
+    return count.clock
+
+
+async def ours_consume_batches(job: Job) -> Measurement:
+    worker = Worker(job.url)
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    @worker.batch_handler(bench_queue(job.queue, job.queue_type), max_size=100)
+    async def handle(bodies: list[bytes]) -> None:
+        count.add(len(bodies))
+
+    async with worker:
+        await done.wait()
+    return count.clock
+
+
+async def idiom_consume(job: Job) -> Measurement:
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    async def handle(message: AbstractIncomingMessage) -> None:
+        async with message.process():
+            count.add()
+
+    async with idiom_channel(job) as channel:
+        await (await channel.get_queue(job.queue)).consume(handle)
+        await done.wait()
+    return count.clock
+
+
+# Many queues: started first, then published to
+
+
+async def ours_handlers(job: Job) -> Measurement:
+    worker = Worker(job.url)
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    async def handle(body: bytes) -> None:
+        count.add()
+
+    for name in job.queues:
+        worker.handler(bench_queue(name))(handle)
+
+    start = Measurement()
+    async with worker:
+        start.stop()
+        say(wall=start.wall, cpu=start.cpu, resident_mb=resident_mb())
+        await done.wait()
+        stop = Measurement()
+    stop.stop()
+    say(wall=stop.wall, cpu=stop.cpu)
+    return count.clock
+
+
+async def idiom_handlers(job: Job) -> Measurement:
+    """Consume as aio-pika's documentation does, with a channel for each queue."""
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    async def handle(message: AbstractIncomingMessage) -> None:
+        async with message.process():
+            count.add()
+
+    start = Measurement()
+    connection = await aio_pika.connect_robust(job.url)
+    async with connection:
+        for name in job.queues:
+            channel = await connection.channel()
+            await channel.set_qos(prefetch_count=10)
+            await (await channel.get_queue(name)).consume(handle)
+        start.stop()
+        say(wall=start.wall, cpu=start.cpu, resident_mb=resident_mb())
+        await done.wait()
+        stop = Measurement()
+    stop.stop()
+    say(wall=stop.wall, cpu=stop.cpu)
+    return count.clock
+
+
+# Several processes: each takes what it gets, until it is told to end
+
+
+async def ours_share(job: Job) -> Measurement:
+    worker = Worker(job.url)
+    handled = 0
+    first = last = 0.0
+    clock = Measurement()
+
+    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    async def handle(body: bytes) -> None:
+        nonlocal handled, first, last, clock
+        last = time.monotonic()
+        if not handled:
+            first, clock = last, Measurement()
+        handled += 1
+
+    say(ready=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    async with worker:
+        await asyncio.to_thread(sys.stdin.readline)
+        clock.stop()
+    say(handled=handled, first=first, last=last)
     return clock
 
 
-async def ours_memory(url: str, queue: str, count: int) -> Measurement:
-    """Publish and handle messages in one process; print its resident memory on the way."""
-    worker = Worker(url)
-    seen = 0
-    done = asyncio.Event()
+# Latency
 
-    @worker.handler(bench_queue(queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
+
+async def ours_timed_publish(job: Job) -> Measurement:
+    async with Producer(job.url) as producer:
+        target = bench_queue(job.queue)
+        clock = Measurement()
+        await publish_stamped(job, lambda body: producer.publish(target, body.encode()))
+        return clock.stop()
+
+
+async def ours_timed_consume(job: Job) -> Measurement:
+    worker = Worker(job.url)
+    latencies = Latencies(job.count)
+
+    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
     async def handle(body: bytes) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == count:
-            done.set()
-
-    def note(text: str) -> None:
-        print(json.dumps({"at": text, "resident_mb": resident_mb()}), flush=True)
+        latencies.take(body)
 
     async with worker:
+        say(ready=True)
+        clock = Measurement()
+        await latencies.done.wait()
+        clock.stop()
+    say(**latencies.summary())
+    return clock
+
+
+async def idiom_timed_publish(job: Job) -> Measurement:
+    async with idiom_channel(job) as channel:
+        exchange = channel.default_exchange
+
+        async def publish(body: str) -> None:
+            await exchange.publish(idiom_message(body.encode()), routing_key=job.queue)
+
+        clock = Measurement()
+        await publish_stamped(job, publish)
+        return clock.stop()
+
+
+async def idiom_timed_consume(job: Job) -> Measurement:
+    latencies = Latencies(job.count)
+
+    async def handle(message: AbstractIncomingMessage) -> None:
+        latencies.take(message.body)
+        async with message.process():
+            pass
+
+    async with idiom_channel(job) as channel:
+        await (await channel.get_queue(job.queue)).consume(handle)
+        say(ready=True)
+        clock = Measurement()
+        await latencies.done.wait()
+        clock.stop()
+    say(**latencies.summary())
+    return clock
+
+
+# Memory
+
+
+async def ours_memory(job: Job) -> Measurement:
+    """Publish and handle messages in one process; print its resident memory on the way."""
+    worker = Worker(job.url)
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    async def handle(body: bytes) -> None:
+        count.add()
+
+    def note(text: str) -> None:
+        say(at=text, resident_mb=resident_mb())
+
+    body = job.body
+    async with worker:
         note("idle")
-        async with Producer(url) as producer:
-            clock = Measurement()
+        async with Producer(job.url) as producer:
             for tenth in range(10):
-                bodies = (BODY for _ in range(count // 10))
-                (await producer.publish_many(bench_queue(queue), bodies)).raise_for_errors()
-                note(f"{(tenth + 1) * count // 10} published")
+                bodies = (body for _ in range(job.count // 10))
+                report = await producer.publish_many(bench_queue(job.queue), bodies)
+                report.raise_for_errors()
+                note(f"{(tenth + 1) * job.count // 10:,} published")
             await done.wait()
             note("all handled")
-    return clock.stop()
+    return count.clock
 
 
 def resident_mb() -> float:
-    with open("/proc/self/statm", encoding="ascii") as statm:  # noqa: PTH123 - not a path of ours
-        return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_mb() -> float:
+    """Return the most memory that was resident; getrusage would count the parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
 CONTESTANTS: Final[dict[str, Contestant]] = {
-    "ours_publish_1": ours_publish_1,
+    "ours_publish_1": functools.partial(ours_publish, tasks=1),
     "ours_publish_100": functools.partial(ours_publish, tasks=100),
     "ours_publish_1000": functools.partial(ours_publish, tasks=1000),
     "ours_publish_many": ours_publish_many,
     "ours_consume": ours_consume,
+    "ours_consume_batches": ours_consume_batches,
+    "ours_handlers": ours_handlers,
+    "ours_share": ours_share,
+    "ours_timed_publish": ours_timed_publish,
+    "ours_timed_consume": ours_timed_consume,
     "ours_memory": ours_memory,
-    "idiom_publish_1": idiom_publish_1,
+    "idiom_publish_1": functools.partial(idiom_publish, tasks=1),
     "idiom_publish_100": functools.partial(idiom_publish, tasks=100),
     "idiom_publish_1000": functools.partial(idiom_publish, tasks=1000),
     "idiom_consume": idiom_consume,
+    "idiom_handlers": idiom_handlers,
+    "idiom_timed_publish": idiom_timed_publish,
+    "idiom_timed_consume": idiom_timed_consume,
 }
 
 
 def main() -> None:
     """Run one contestant and print what it took."""
-    name, url, queue, count = sys.argv[1:]
+    name, job = sys.argv[1], Job.from_json(sys.argv[2])
     logging.basicConfig(level=logging.ERROR)
-    taken: Measurement = asyncio.run(CONTESTANTS[name](url, queue, int(count)))
-    print(json.dumps({"messages": int(count), "wall": taken.wall, "cpu": taken.cpu}))
+    taken: Measurement = asyncio.run(CONTESTANTS[name](job))
+    say(messages=job.count, wall=taken.wall, cpu=taken.cpu, peak_mb=peak_mb())
 
 
 if __name__ == "__main__":

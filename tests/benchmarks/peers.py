@@ -1,11 +1,11 @@
 """Other work queues doing the same, each by its own documentation.
 
 They live in an environment of their own, ``.venv-bench``, which `make bench` makes from
-``peers.txt``; this file imports nothing of aioworkq but its clock. Each handles a body of 256
+``peers.txt``; this file imports nothing of aioworkq. Each handles a body of 256
 characters, persistent, in a durable queue, with publisher confirms and an ack after the handler.
 
-``python -m tests.benchmarks.peers NAME URL QUEUE COUNT`` prints one line of JSON. What consumes
-publishes its messages first, outside of the measurement.
+``python -m tests.benchmarks.peers NAME JOB`` prints lines of JSON, as the contestants do. What
+consumes publishes its messages first, outside of the measurement, unless it is timed.
 """
 
 from __future__ import annotations
@@ -13,41 +13,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
-import json
 import logging
 import os
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.benchmarks.clock import Measurement
+from tests.benchmarks.clock import Count, Measurement
+from tests.benchmarks.job import PREFETCH, Job, Latencies, publish_stamped, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 BODY: Final = "x" * 256
-PREFETCH: Final = 100
 TASKS: Final = 100
 THREADS: Final = 8
-
-
-class Count:
-    """Counts messages, from the first to the last; calls back at the end."""
-
-    def __init__(self, last: int, done: Callable[[], None]) -> None:
-        self._last = last
-        self._done = done
-        self._seen = 0
-        self._lock = threading.Lock()
-        self.clock: Measurement | None = None
-
-    def one(self) -> None:
-        with self._lock:
-            self.clock = self.clock or Measurement()
-            self._seen += 1
-            if self._seen == self._last:
-                self.clock.stop()
-                self._done()
 
 
 async def in_tasks(publish: Callable[[], Coroutine[Any, Any, Any]], count: int) -> Measurement:
@@ -64,37 +44,73 @@ async def in_tasks(publish: Callable[[], Coroutine[Any, Any, Any]], count: int) 
 # FastStream
 
 
-def faststream_publish(url: str, queue: str, count: int) -> Measurement:
+def faststream_publish(job: Job) -> Measurement:
     rabbit = importlib.import_module("faststream.rabbit")
 
     async def run() -> Measurement:
-        async with rabbit.RabbitBroker(url, logger=None) as broker:
-            await broker.declare_queue(rabbit.RabbitQueue(queue, durable=True))
-            return await in_tasks(lambda: broker.publish(BODY, queue, persist=True), count)
+        async with rabbit.RabbitBroker(job.url, logger=None) as broker:
+            await broker.declare_queue(rabbit.RabbitQueue(job.queue, durable=True))
+            return await in_tasks(lambda: broker.publish(BODY, job.queue, persist=True), job.count)
 
     return asyncio.run(run())
 
 
-def faststream_consume(url: str, queue: str, count: int) -> Measurement:
+def faststream_consume(job: Job) -> Measurement:
     rabbit = importlib.import_module("faststream.rabbit")
-    faststream_publish(url, queue, count)  # one more than it counts
+    faststream_publish(job)  # one more than it counts
 
     async def run() -> Measurement:
         done = asyncio.Event()
-        counting = Count(count, done.set)
+        counting = Count(job.count, done.set)
         qos = rabbit.Channel(prefetch_count=PREFETCH)
-        broker = rabbit.RabbitBroker(url, logger=None, default_channel=qos)
+        broker = rabbit.RabbitBroker(job.url, logger=None, default_channel=qos)
 
         async def handle(body: str) -> None:
-            counting.one()
+            counting.add()
 
-        broker.subscriber(rabbit.RabbitQueue(queue, durable=True))(handle)
+        broker.subscriber(rabbit.RabbitQueue(job.queue, durable=True))(handle)
 
         async with broker:
             await broker.start()
             await done.wait()
-        assert counting.clock is not None
         return counting.clock
+
+    return asyncio.run(run())
+
+
+def faststream_timed_publish(job: Job) -> Measurement:
+    rabbit = importlib.import_module("faststream.rabbit")
+
+    async def run() -> Measurement:
+        async with rabbit.RabbitBroker(job.url, logger=None) as broker:
+            clock = Measurement()
+            await publish_stamped(job, lambda body: broker.publish(body, job.queue, persist=True))
+            return clock.stop()
+
+    return asyncio.run(run())
+
+
+def faststream_timed_consume(job: Job) -> Measurement:
+    rabbit = importlib.import_module("faststream.rabbit")
+
+    async def run() -> Measurement:
+        latencies = Latencies(job.count)
+        qos = rabbit.Channel(prefetch_count=PREFETCH)
+        broker = rabbit.RabbitBroker(job.url, logger=None, default_channel=qos)
+
+        async def handle(body: str) -> None:
+            latencies.take(body)
+
+        broker.subscriber(rabbit.RabbitQueue(job.queue, durable=True))(handle)
+
+        async with broker:
+            await broker.start()
+            say(ready=True)
+            clock = Measurement()
+            await latencies.done.wait()
+            clock.stop()
+        say(**latencies.summary())
+        return clock
 
     return asyncio.run(run())
 
@@ -102,47 +118,47 @@ def faststream_consume(url: str, queue: str, count: int) -> Measurement:
 # taskiq
 
 
-def _taskiq(url: str, queue: str) -> Any:
+def _taskiq(job: Job) -> Any:
     module = importlib.import_module("taskiq_aio_pika")
     if hasattr(module, "Queue"):
         return module.AioPikaBroker(
-            url,
+            job.url,
             qos=PREFETCH,
-            task_queues=[module.Queue(name=queue, durable=True)],
+            task_queues=[module.Queue(name=job.queue, durable=True)],
         )
-    return module.AioPikaBroker(url, qos=PREFETCH, queue_name=queue)
+    return module.AioPikaBroker(job.url, qos=PREFETCH, queue_name=job.queue)
 
 
-def taskiq_publish(url: str, queue: str, count: int) -> Measurement:
+def taskiq_publish(job: Job) -> Measurement:
     async def run() -> Measurement:
-        broker = _taskiq(url, queue)
+        broker = _taskiq(job)
 
-        async def job(body: str) -> None: ...
+        async def one(body: str) -> None: ...
 
-        task = broker.register_task(job, task_name="job")
+        task = broker.register_task(one, task_name="job")
         await broker.startup()
         try:
-            return await in_tasks(lambda: task.kiq(BODY), count)
+            return await in_tasks(lambda: task.kiq(BODY), job.count)
         finally:
             await broker.shutdown()
 
     return asyncio.run(run())
 
 
-def taskiq_consume(url: str, queue: str, count: int) -> Measurement:
-    taskiq_publish(url, queue, count)
+def taskiq_consume(job: Job) -> Measurement:
+    taskiq_publish(job)
     receive = importlib.import_module("taskiq.api").run_receiver_task
 
     async def run() -> Measurement:
         done = asyncio.Event()
-        counting = Count(count, done.set)
-        broker = _taskiq(url, queue)
+        counting = Count(job.count, done.set)
+        broker = _taskiq(job)
         broker.is_worker_process = True
 
-        async def job(body: str) -> None:
-            counting.one()
+        async def one(body: str) -> None:
+            counting.add()
 
-        broker.register_task(job, task_name="job")
+        broker.register_task(one, task_name="job")
         receiver = asyncio.create_task(
             receive(broker, max_async_tasks=PREFETCH, max_prefetch=0, run_startup=True),
         )
@@ -150,8 +166,52 @@ def taskiq_consume(url: str, queue: str, count: int) -> Measurement:
         receiver.cancel()
         await asyncio.gather(receiver, return_exceptions=True)
         await broker.shutdown()
-        assert counting.clock is not None
         return counting.clock
+
+    return asyncio.run(run())
+
+
+def taskiq_timed_publish(job: Job) -> Measurement:
+    async def run() -> Measurement:
+        broker = _taskiq(job)
+
+        async def one(body: str) -> None: ...
+
+        task = broker.register_task(one, task_name="job")
+        await broker.startup()
+        try:
+            clock = Measurement()
+            await publish_stamped(job, task.kiq)
+            return clock.stop()
+        finally:
+            await broker.shutdown()
+
+    return asyncio.run(run())
+
+
+def taskiq_timed_consume(job: Job) -> Measurement:
+    receive = importlib.import_module("taskiq.api").run_receiver_task
+
+    async def run() -> Measurement:
+        latencies = Latencies(job.count)
+        broker = _taskiq(job)
+        broker.is_worker_process = True
+
+        async def one(body: str) -> None:
+            latencies.take(body)
+
+        broker.register_task(one, task_name="job")
+        await broker.startup()
+        receiver = asyncio.create_task(receive(broker, max_async_tasks=PREFETCH, max_prefetch=0))
+        say(ready=True)
+        clock = Measurement()
+        await latencies.done.wait()
+        clock.stop()
+        receiver.cancel()
+        await asyncio.gather(receiver, return_exceptions=True)
+        await broker.shutdown()
+        say(**latencies.summary())
+        return clock
 
     return asyncio.run(run())
 
@@ -159,52 +219,51 @@ def taskiq_consume(url: str, queue: str, count: int) -> Measurement:
 # Dramatiq
 
 
-def _dramatiq(url: str, queue: str, function: Callable[[str], None]) -> tuple[Any, Any]:
+def _dramatiq(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
     dramatiq = importlib.import_module("dramatiq")
     rabbitmq = importlib.import_module("dramatiq.brokers.rabbitmq")
-    broker = rabbitmq.RabbitmqBroker(url=url, confirm_delivery=True)
+    broker = rabbitmq.RabbitmqBroker(url=job.url, confirm_delivery=True)
     dramatiq.set_broker(broker)
-    return broker, dramatiq.actor(function, queue_name=queue, actor_name="job")
+    return broker, dramatiq.actor(function, queue_name=job.queue, actor_name="job")
 
 
-def dramatiq_publish(url: str, queue: str, count: int) -> Measurement:
-    def job(body: str) -> None: ...
+def dramatiq_publish(job: Job) -> Measurement:
+    def one(body: str) -> None: ...
 
-    broker, actor = _dramatiq(url, queue, job)
+    broker, actor = _dramatiq(job, one)
     actor.send(BODY)
     clock = Measurement()
-    for _ in range(count):
+    for _ in range(job.count):
         actor.send(BODY)
     clock.stop()
     broker.close()
     return clock
 
 
-def dramatiq_consume(url: str, queue: str, count: int) -> Measurement:
-    dramatiq_publish(url, queue, count)
+def dramatiq_consume(job: Job) -> Measurement:
+    dramatiq_publish(job)
     done = threading.Event()
-    counting = Count(count, done.set)
+    counting = Count(job.count, done.set)
 
-    def job(body: str) -> None:
-        counting.one()
+    def one(body: str) -> None:
+        counting.add()
 
-    broker, _ = _dramatiq(url, queue, job)
+    broker, _ = _dramatiq(job, one)
     worker = importlib.import_module("dramatiq").Worker(broker, worker_threads=THREADS)
     worker.start()
     done.wait()
     worker.stop()
     broker.close()
-    assert counting.clock is not None
     return counting.clock
 
 
 # Celery
 
 
-def _celery(url: str, queue: str, function: Callable[[str], None]) -> tuple[Any, Any]:
-    app = importlib.import_module("celery").Celery("bench", broker=url)
+def _celery(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
+    app = importlib.import_module("celery").Celery("bench", broker=job.url)
     app.conf.update(
-        task_default_queue=queue,
+        task_default_queue=job.queue,
         broker_transport_options={"confirm_publish": True},
         task_ignore_result=True,
         task_acks_late=True,
@@ -214,30 +273,30 @@ def _celery(url: str, queue: str, function: Callable[[str], None]) -> tuple[Any,
     return app, app.task(name="job")(function)
 
 
-def celery_publish(url: str, queue: str, count: int) -> Measurement:
-    def job(body: str) -> None: ...
+def celery_publish(job: Job) -> Measurement:
+    def one(body: str) -> None: ...
 
-    _, task = _celery(url, queue, job)
+    _, task = _celery(job, one)
     task.delay(BODY)
     clock = Measurement()
-    for _ in range(count):
+    for _ in range(job.count):
         task.delay(BODY)
     return clock.stop()
 
 
-def celery_consume(url: str, queue: str, count: int) -> Measurement:
+def celery_consume(job: Job) -> Measurement:
     state: Any = importlib.import_module("celery.worker.state")
 
     def stop() -> None:
         state.should_terminate = 0
 
-    counting = Count(count, stop)
+    counting = Count(job.count, stop)
 
-    def job(body: str) -> None:
-        counting.one()
+    def one(body: str) -> None:
+        counting.add()
 
-    app, task = _celery(url, queue, job)  # a name is for one function only
-    for _ in range(count):
+    app, task = _celery(job, one)  # a name is for one function only
+    for _ in range(job.count):
         task.delay(BODY)
     worker = app.Worker(
         pool="solo",
@@ -248,15 +307,18 @@ def celery_consume(url: str, queue: str, count: int) -> Measurement:
     )
     with contextlib.suppress(SystemExit):
         worker.start()
-    assert counting.clock is not None
     return counting.clock
 
 
-CONTESTANTS: Final[dict[str, Callable[[str, str, int], Measurement]]] = {
+CONTESTANTS: Final[dict[str, Callable[[Job], Measurement]]] = {
     "faststream_publish": faststream_publish,
     "faststream_consume": faststream_consume,
+    "faststream_timed_publish": faststream_timed_publish,
+    "faststream_timed_consume": faststream_timed_consume,
     "taskiq_publish": taskiq_publish,
     "taskiq_consume": taskiq_consume,
+    "taskiq_timed_publish": taskiq_timed_publish,
+    "taskiq_timed_consume": taskiq_timed_consume,
     "dramatiq_publish": dramatiq_publish,
     "dramatiq_consume": dramatiq_consume,
     "celery_publish": celery_publish,
@@ -266,10 +328,10 @@ CONTESTANTS: Final[dict[str, Callable[[str, str, int], Measurement]]] = {
 
 def main() -> None:
     """Run one contestant and print what it took."""
-    name, url, queue, count = sys.argv[1:]
+    name, job = sys.argv[1], Job.from_json(sys.argv[2])
     logging.basicConfig(level=logging.ERROR)
-    taken = CONTESTANTS[name](url, queue, int(count))
-    print(json.dumps({"messages": int(count), "wall": taken.wall, "cpu": taken.cpu}), flush=True)
+    taken = CONTESTANTS[name](job)
+    say(messages=job.count, wall=taken.wall, cpu=taken.cpu)
     os._exit(0)  # whatever threads of theirs still wait for
 
 
