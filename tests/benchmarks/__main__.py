@@ -20,6 +20,7 @@ from aioworkq.testing import RabbitMQ
 from tests.benchmarks import (
     beside_c,
     beside_peers,
+    latency,
     memory,
     rates,
 )
@@ -35,6 +36,7 @@ PARTS: Final[dict[str, Callable[[RabbitMQ, Settings], Awaitable[Section | None]]
     "rates": rates.measure,
     "c": beside_c.measure,
     "peers": beside_peers.measure,
+    "latency": latency.measure,
     "memory": memory.measure,
 }
 
