@@ -20,6 +20,7 @@ from aioworkq.testing import RabbitMQ
 from tests.benchmarks import (
     beside_c,
     beside_peers,
+    growth,
     latency,
     memory,
     rates,
@@ -37,6 +38,7 @@ PARTS: Final[dict[str, Callable[[RabbitMQ, Settings], Awaitable[Section | None]]
     "c": beside_c.measure,
     "peers": beside_peers.measure,
     "latency": latency.measure,
+    "growth": growth.measure,
     "memory": memory.measure,
 }
 
