@@ -21,6 +21,7 @@ from tests.benchmarks import (
     beside_c,
     beside_peers,
     growth,
+    imports,
     latency,
     memory,
     rates,
@@ -40,6 +41,7 @@ PARTS: Final[dict[str, Callable[[RabbitMQ, Settings], Awaitable[Section | None]]
     "latency": latency.measure,
     "growth": growth.measure,
     "memory": memory.measure,
+    "import": imports.measure,
 }
 
 
