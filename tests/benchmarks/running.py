@@ -178,9 +178,10 @@ def footer(node: RabbitMQ | None, part: str, rounds: int) -> list[str]:
     versions = [f"Python {platform.python_version()}"]
     versions += [f"RabbitMQ {node.version}"] if node else []
     versions += [f"{name} {version(name)}" for name in _OURS]
+    how_often = "One round" if rounds == 1 else f"Medians of {rounds} rounds"
     return [
         "",
-        f"Medians of {rounds} rounds with {', '.join(versions)}, on {os.cpu_count()} CPUs "
+        f"{how_often} with {', '.join(versions)}, on {os.cpu_count()} CPUs "
         f"({_processor()}, {platform.system()} {platform.release()}, one minute's load at the end "
         f"{os.getloadavg()[0]:.1f}). To repeat it: `make bench PARTS={part}`.",
     ]
