@@ -1,9 +1,9 @@
 """A confirm channel: publications out, confirms and returns in.
 
-Publications are numbered and written in the same order, one write per step of the event loop. A
-confirm for many (``multiple``) takes them off the front. A return comes before its own confirm
-(https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed); it is told apart by the
-message id, and where the same id is in flight twice, by a header with the number.
+Publications are numbered and written in the same order, one write per step of the event loop, or a
+few where there are many. A confirm for many (``multiple``) takes them off the front. A return comes
+before its own confirm (https://www.rabbitmq.com/docs/confirms#when-publishes-are-confirmed); it is
+told apart by the message id, and where the same id is in flight twice, by a header with the number.
 
 ``documented.py`` does the same by documented calls of aiormq alone.
 """
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aioworkq")
 
 _NUMBER_HEADER: Final = "x-aioworkq-publish-number"
+_PIECE: Final = 128
+"""So many messages are not kept for the end of a step: RabbitMQ works on them meanwhile."""
 NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
@@ -85,6 +87,8 @@ class AmqpPublishChannel:
         if not self._lost.is_set():
             self._buffer.append(frames)
             self._writer.wake()
+            if len(self._buffer) >= _PIECE:
+                self._writer.push()
 
     def _with_number(self, publication: Publication, number: int) -> Wire:
         message = publication.message

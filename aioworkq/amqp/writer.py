@@ -24,6 +24,10 @@ class Writer(Protocol):
         """Say that there is something to send; it goes out at the loop's next step."""
         ...
 
+    def push(self) -> None:
+        """Say, after `wake`, that there is so much that it shall go out now, if it can."""
+        ...
+
     async def wait_idle(self) -> None:
         """Wait until all is sent, or until `close`."""
         ...
@@ -60,6 +64,11 @@ class TickWriter:
         if not self._is_awake and not self._closed:
             self._is_awake = True
             self._loop.call_soon(self._flush)
+
+    def push(self) -> None:
+        """Write what there is, if the socket takes it; otherwise it goes out as after `wake`."""
+        if not (self._closed or self._tap.has_close or self._link.is_full):
+            self._link.write(self._produce())
 
     def _flush(self) -> None:
         if self._closed or self._tap.has_close:
@@ -103,6 +112,9 @@ class CallWriter:
         """Say that there is something to send; it goes out at the loop's next step."""
         if self._task is None and not self._closed:
             self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def push(self) -> None:
+        """Do nothing: the calls are made one after the other anyway."""
 
     async def _run(self) -> None:
         try:
