@@ -178,6 +178,11 @@ class Outbox:
         """How many publications are sent and not answered."""
         return self._sent
 
+    @functools.cached_property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop that this runs in. To ask for it each time costs a system call."""
+        return asyncio.get_running_loop()
+
     def start(self) -> None:
         """Begin to connect, if that has not begun yet."""
         if self._task is None and not self._is_closed:
@@ -198,7 +203,7 @@ class Outbox:
         Raises:
             WorkQueueError: One of the errors of `Producer.publish`.
         """
-        outcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        outcome: asyncio.Future[None] = self.loop.create_future()
         done = functools.partial(_tell, outcome)
         publication = self.submit(message, wire, deadline=deadline, done=done)
         try:

@@ -105,6 +105,7 @@ class Producer:
         self._is_closed = False
         self._ids = uuid.uuid4().hex[:20]
         self._sequence = 0
+        self._stamp: datetime | None = None
 
     async def start(self) -> None:
         """Connect, and return once that is done.
@@ -232,8 +233,7 @@ class Producer:
             correlation_id=correlation_id,
         )
         wait = self._timeout if timeout is None else _checked_timeout(timeout)
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait
+        deadline = outbox.loop.time() + wait
         wire = self._connection.prepare(message)
         if seconds or self._must_declare(queue):
             with outbox.expecting():
@@ -409,18 +409,30 @@ class Producer:
         if message_id is None:
             self._sequence += 1
             message_id = f"{self._ids}-{self._sequence}"
+        # By position: that takes half the time.
         return Message(
             encoded.body,
             queue.name,
-            message_id=message_id,
-            correlation_id=correlation_id,
-            content_type=encoded.content_type,
-            content_encoding=encoded.content_encoding,
-            headers=dict(headers) if headers else {},
-            priority=priority,
-            expiration=expiration,
-            timestamp=self._connection.now(),
+            "",  # exchange
+            queue.name,
+            message_id,
+            correlation_id,
+            encoded.content_type,
+            encoded.content_encoding,
+            dict(headers) if headers else {},
+            priority,
+            expiration,
+            self._stamp or self._new_stamp(),
         )
+
+    def _new_stamp(self) -> datetime:
+        """Read the clock, once for all messages of this step of the event loop."""
+        self._stamp = stamp = self._connection.now()
+        self._running().loop.call_soon(self._forget_stamp)
+        return stamp
+
+    def _forget_stamp(self) -> None:
+        self._stamp = None
 
 
 def _check_ids(message_id: object, correlation_id: object) -> None:

@@ -16,6 +16,7 @@ import pytest
 from aioworkq import (
     AccessRefusedError,
     ConnectionLostError,
+    MemoryBroker,
     NotConfirmedError,
     OutcomeUnknownError,
     Producer,
@@ -579,3 +580,23 @@ async def test_statistics_tell_what_was_done(producer: Producer, queue_name: str
     assert (statistics.confirmed, statistics.unroutable) == (1, 1)
     assert (statistics.pending, statistics.in_flight, statistics.resent) == (0, 0, 0)
     assert (statistics.reconnects, statistics.last_error) == (0, "")
+
+
+async def test_the_clock_is_read_once_for_the_messages_of_a_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And again for those of a later one."""
+    async with Producer(MemoryBroker()) as producer:
+        await producer.publish("numbers", 0)
+        read = list[datetime]()
+        now = producer._connection.now
+
+        def count() -> datetime:
+            read.append(now())
+            return read[-1]
+
+        monkeypatch.setattr(producer._connection, "now", count)
+        await asyncio.gather(*(producer.publish("numbers", number) for number in range(10)))
+        assert len(read) == 1
+        await producer.publish("numbers", 10)
+        assert len(read) == 2
