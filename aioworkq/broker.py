@@ -288,6 +288,8 @@ class Connection(Protocol):
     ) -> Subscription:
         """Open a channel and consume from a queue.
 
+        With many at a time, each waits for its turn; its time limit begins with that.
+
         ``on_delivery`` is called for each delivery, in order, between two steps of the event loop;
         it must neither wait nor raise.
 

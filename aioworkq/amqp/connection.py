@@ -21,6 +21,7 @@ import anyio
 from aio_pika import RobustConnection
 from aiormq import exceptions as aiormq_errors
 
+from aioworkq.amqp.channel_numbers import ChannelNumbers
 from aioworkq.amqp.declare import (
     ACCESS_REFUSED,
     NOT_FOUND,
@@ -62,6 +63,10 @@ _SETTLED_AFTER: Final = 5.0
 """A connection that lived so many seconds was a good one: the backoff starts anew after it."""
 _ABORT_GRACE: Final = 1.0
 _FORBIDDEN: Final = frozenset({403, 530})
+_AT_A_TIME: Final = 8
+"""So many queues are declared, or consumed from, at a time. aiormq's queue of what is to be written
+has room for ten frames, and where it is full, the answer to a Channel.Close is dropped without a
+word: RabbitMQ then closes the connection when the channel's number is used again."""
 
 
 class AmqpConnection:
@@ -95,11 +100,14 @@ class AmqpConnection:
         self._transport = BoundedTransportFactory(timeout=connect_timeout)
         self._robust: RobustConnection | None = None
         self._current: AbstractConnection | None = None
+        self._frame_max = DEFAULT_FRAME_MAX
         self._link: Link | None = None
         self._has_explained = False
         self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
         self._declaring: set[asyncio.Task[None]] = set()
+        self._numbers = ChannelNumbers()
+        self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._attempt_ended: asyncio.Event | None = None
         self._failures = 0
         self._refusals = 0
@@ -231,6 +239,7 @@ class AmqpConnection:
     def _set_connected(self, connection: AbstractConnection) -> None:
         self._transport.end_handshake()
         self._current = connection
+        self._frame_max = _frame_max_of(connection)
         self._link = self._transport.link
         self._connects += 1
         self._refusals = 0
@@ -240,6 +249,7 @@ class AmqpConnection:
     def _set_lost(self, reason: str) -> None:
         if self._current is not None:
             self._current = None
+            self._frame_max = DEFAULT_FRAME_MAX
             self._last_error = reason or self._last_error
             self._changes.notify()
 
@@ -321,11 +331,6 @@ class AmqpConnection:
             max_message_size=self._max_message_size,
         )
 
-    @property
-    def _frame_max(self) -> int:
-        tune = getattr(self._current, "connection_tune", None)
-        return int(tune.frame_max or DEFAULT_FRAME_MAX) if tune is not None else DEFAULT_FRAME_MAX
-
     def _require(self, what: str) -> AbstractConnection:
         self._raise_refused()
         if self._current is None or self._current.is_closed:
@@ -343,11 +348,27 @@ class AmqpConnection:
         connection = self._require(what)
         # Without a time limit of aiormq's: it waits by `asyncio.wait_for`, which on Python 3.11 may
         # forget the cancellation of a call that it delays. `guarded` has the limit.
-        opening = connection.channel(publisher_confirms=confirms, frame_buffer_size=frame_buffer)
+
+        async def open_one() -> AbstractChannel:
+            number = self._next_number(connection, what)
+            return await connection.channel(
+                channel_number=number,
+                publisher_confirms=confirms,
+                frame_buffer_size=frame_buffer,
+            )
+
         try:
-            return await guarded(opening, connection, timeout=timeout, what=what)
+            return await guarded(open_one(), connection, timeout=timeout, what=what)
         except aiormq_errors.ChannelClosed as exc:
             raise ConnectionLostError(what, reason=describe(exc)) from exc
+
+    def _next_number(self, connection: AbstractConnection, what: str) -> int:
+        channel_max = connection.connection_tune.channel_max or 0
+        number = self._numbers.take(connection.channels, channel_max)
+        if number is None:
+            reason = f"all {channel_max:,} channels that RabbitMQ allows a connection are in use"
+            raise ConnectionLostError(what, reason=reason)
+        return number
 
     def _link_for(self, channel: AbstractChannel) -> Link | None:
         """Return where a fast path reads and writes; None if aiormq lacks what it needs.
@@ -378,6 +399,10 @@ class AmqpConnection:
         task.result()
 
     async def _declare(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
+        async with self._turns:
+            await self._declare_now(declarations, timeout=timeout)
+
+    async def _declare_now(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
         what = "declaring queues"
         channel: AbstractChannel | None = None
         try:
@@ -466,6 +491,22 @@ class AmqpConnection:
         timeout: float,
     ) -> AmqpSubscription:
         """Open a channel and consume from a queue; see the protocol."""
+        async with self._turns:
+            return await self._subscribe(
+                queue,
+                prefetch_count=prefetch_count,
+                on_delivery=on_delivery,
+                timeout=timeout,
+            )
+
+    async def _subscribe(
+        self,
+        queue: str,
+        *,
+        prefetch_count: int,
+        on_delivery: Callable[[Subscription, Incoming], None],
+        timeout: float,
+    ) -> AmqpSubscription:
         what = f"consuming from queue {queue!r}"
         buffer = min(max(64, 4 * prefetch_count), 65_535)
         channel = await self._open_channel(
@@ -522,3 +563,8 @@ def _is_tls_refusal(exc: BaseException | None) -> bool:
             return True
         exc = exc.__cause__
     return False
+
+
+def _frame_max_of(connection: AbstractConnection) -> int:
+    tune = getattr(connection, "connection_tune", None)
+    return int(tune.frame_max or DEFAULT_FRAME_MAX) if tune is not None else DEFAULT_FRAME_MAX

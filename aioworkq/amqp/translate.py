@@ -86,7 +86,7 @@ async def guarded(
         await asyncio.wait({task, closing}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task.done() and not task.cancelled():
             error = task.exception()
-            if error is None or isinstance(error, ValueError | TypeError):
+            if error is None or isinstance(error, ValueError | TypeError | ConnectionLostError):
                 return task.result()
         elif closing.done():
             error = closing_exception(closing)

@@ -680,6 +680,47 @@ async def test_stop_during_an_alarm(node: RabbitMQ, node_url: str, queue_name: s
     assert left == set(range(50))
 
 
+async def test_many_handlers_start_at_once(
+    node: RabbitMQ, node_url: str, queue_name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whose queues are all missing: RabbitMQ closes a channel for each of these in answer.
+
+    aiormq drops what it has to answer when there is too much at a time, and RabbitMQ closes the
+    connection when it sees the number of such a channel again. With few numbers that is soon.
+    """
+    worker = Worker(node_url)
+    for number in range(400):
+        worker.handler(Queue(f"{queue_name}.{number}", bytes, type="classic"))(_nothing)
+    await node.eval("application:set_env(rabbit, channel_max, 450)")
+    try:
+        async with asyncio.timeout(100), worker:
+            statistics = worker.statistics()
+            assert {one.state for one in statistics.consumers.values()} == {
+                ConsumerState.SUBSCRIBED
+            }
+            assert statistics.reconnects == 0
+    finally:
+        await node.eval("application:set_env(rabbit, channel_max, 2047)")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_more_handlers_than_channels(node: RabbitMQ, node_url: str, queue_name: str) -> None:
+    """RabbitMQ allows a connection so many channels: whoever gets none is told so."""
+    worker = Worker(node_url, timeout=1)
+    for number in range(10):
+        worker.handler(Queue(f"{queue_name}.{number}", bytes, type="classic"))(_nothing)
+    await node.eval("application:set_env(rabbit, channel_max, 5)")
+    try:
+        with pytest.raises(WorkQueueError, match="all 5 channels that RabbitMQ allows"):
+            async with worker:
+                pass
+    finally:
+        await node.eval("application:set_env(rabbit, channel_max, 2047)")
+
+
+async def _nothing(_: bytes) -> None: ...
+
+
 # Odd messages
 
 
