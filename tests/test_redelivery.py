@@ -52,6 +52,16 @@ def test_what_was_acked_says_nothing_of_its_copies() -> None:
     assert memory.acked_on(Message(b"one", "q", message_id="1")) == "first"
 
 
+def test_large_bodies_are_told_apart_by_size_and_ends() -> None:
+    """They are not looked through."""
+    size = 100_000
+    memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)
+    memory.acked(Message(b"x" * size, "q", message_id="1"), "first")
+    assert memory.acked_on(Message(b"x" * size, "q", message_id="1")) == "first"
+    for other in (b"x" * (size + 1), b"y" + b"x" * (size - 1), b"x" * (size - 1) + b"y"):
+        assert memory.acked_on(Message(other, "q", message_id="1")) is None
+
+
 def test_messages_without_an_id_are_not_remembered() -> None:
     """Two equal messages may be two pieces of work."""
     memory: RedeliveryMemory[str] = RedeliveryMemory(size=10)

@@ -141,6 +141,7 @@ async def strike_at_random(
         await strike(fault, node, chance.choice(proxies), chance)
 
 
+@pytest.mark.timeout(600)  # on a busy machine
 @pytest.mark.parametrize("seed", range(10))
 async def test_nothing_confirmed_is_lost(
     node: RabbitMQ,
@@ -188,7 +189,7 @@ async def test_nothing_confirmed_is_lost(
             return not ledger.lost
 
         with contextlib.suppress(TimeoutError):
-            await eventually(is_settled)
+            await eventually(is_settled, timeout=300)
         duplicates = sum(ledger.handled.values()) - len(ledger.handled)
         print(
             f"seed {seed}: {queue.type}, {'retry' if retry else 'requeue'}, {', '.join(faults)}: "
