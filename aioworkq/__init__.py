@@ -6,10 +6,9 @@ it.
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aioworkq.batch import PublishReport
-from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
 from aioworkq.errors import (
     AccessRefusedError,
     BatchError,
@@ -37,6 +36,7 @@ from aioworkq.topology import Queue
 from aioworkq.worker import Worker
 
 if TYPE_CHECKING:
+    from aioworkq.dead_letters import DeadLetterGroup, DeadLetters, DeadMessage
     from aioworkq.memory import MemoryBroker
 
 __version__ = "0.1.0"
@@ -80,8 +80,16 @@ __all__ = [
 ]
 
 
+_SELDOM_USED: Final = {
+    "DeadLetterGroup": "aioworkq.dead_letters",
+    "DeadLetters": "aioworkq.dead_letters",
+    "DeadMessage": "aioworkq.dead_letters",
+    "MemoryBroker": "aioworkq.memory",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import what is for tests when it is asked for."""
-    if name == "MemoryBroker":
-        return import_module("aioworkq.memory").MemoryBroker
+    """Import what is for operators and tests when it is asked for."""
+    if name in _SELDOM_USED:
+        return getattr(import_module(_SELDOM_USED[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

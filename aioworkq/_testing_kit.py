@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
+from msgspec import structs
 
 from aioworkq.batches import BatchRuns
 from aioworkq.errors import StateError
@@ -127,7 +128,7 @@ async def deliver(
             advice="Register one with @worker.handler(queue).",
         )
     if isinstance(body, Message):
-        message = dataclasses.replace(body, headers=dict(body.headers))
+        message = structs.replace(body, headers=dict(body.headers))
     else:
         encoded = handler.codec.encode(body)
         message = Message(

@@ -11,6 +11,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from datetime import datetime
@@ -86,7 +88,7 @@ class PublishChannel(Protocol):
         ...
 
 
-class Incoming(Protocol):
+class Incoming(Struct, eq=False):
     """One delivery as a broker hands it over."""
 
     message: Message

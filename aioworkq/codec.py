@@ -8,9 +8,10 @@ pydantic is installed; this module never imports it. A `Codec` of your own repla
 from __future__ import annotations
 
 import functools
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 import msgspec
+from msgspec import Struct
 
 from aioworkq.errors import DecodeError
 
@@ -19,7 +20,7 @@ TEXT: Final = "text/plain"
 BYTES: Final = "application/octet-stream"
 
 
-class Encoded(NamedTuple):
+class Encoded(Struct, frozen=True):
     """A body as it goes over the wire."""
 
     body: bytes

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
 
 import anyio
+from msgspec import Struct
 
 from aioworkq.codec import codec_for
 from aioworkq.connect import connection_to
@@ -58,8 +58,7 @@ class DeadLetterGroup(NamedTuple):
     exception_type: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class DeadMessage(Generic[T]):
+class DeadMessage(Struct, Generic[T], frozen=True):
     """A message in a dead-letter queue.
 
     Attributes:

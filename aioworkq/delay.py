@@ -12,11 +12,11 @@ its traps closed: see ``docs/explanation/delays.md``.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
+
+from msgspec import Struct
 
 from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
 
@@ -35,8 +35,7 @@ MAX_DELAY: Final = 365 * 24 * 3600.0
 """The longest delay in seconds: a year."""
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """The way of one message: where it enters, and by which key it finds its way.
 
     Attributes:
@@ -108,6 +107,8 @@ def address(queue: str) -> str:
     is_long = len(queue.encode()) > _MAX_ADDRESS_BYTES
     has_wildcard = any(word in {"*", "#"} for word in queue.split("."))
     if is_long or has_wildcard:
+        import hashlib  # noqa: PLC0415 - takes a millisecond to load, and is seldom needed
+
         return "sha256-" + hashlib.sha256(queue.encode()).hexdigest()
     return queue
 

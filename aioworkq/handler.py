@@ -16,11 +16,11 @@ import threading
 import types
 import typing
 from collections.abc import Collection, Iterable, MutableSequence, Reversible, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
 
 import anyio
 import anyio.to_thread
+from msgspec import Struct
 
 from aioworkq.codec import Codec, codec_for
 from aioworkq.message import Delivery
@@ -55,8 +55,7 @@ class ThreadCall:
         return self._claim.acquire(blocking=False)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Handler:
+class Handler(Struct, frozen=True, eq=False):
     """A function, the queue it handles, and how it is called."""
 
     queue: Queue[Any]

@@ -7,8 +7,9 @@ a delivery is decided in ``outcome.py``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -77,8 +78,7 @@ _MAX_TRACEBACK: Final = 8_000
 _MAX_REASON: Final = 2_000
 
 
-@dataclass(slots=True, eq=False)
-class Message:
+class Message(Struct, eq=False):
     """One message: its body and its AMQP 0-9-1 properties.
 
     Attributes:
@@ -100,7 +100,7 @@ class Message:
     correlation_id: str | None = None
     content_type: str | None = None
     content_encoding: str | None = None
-    headers: dict[str, Any] = field(default_factory=dict[str, Any])
+    headers: dict[str, Any] = {}
     priority: int | None = None
     expiration: float | None = None
     timestamp: datetime | None = None
@@ -278,8 +278,7 @@ def dead_letter_headers(
     return dead
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """An exception as text: its qualified class name, its message, its traceback."""
 
     type: str

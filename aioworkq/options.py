@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+
+from msgspec import Struct
+from msgspec.structs import force_setattr
 
 if TYPE_CHECKING:
     from aioworkq.outcome import OnError
@@ -21,8 +23,7 @@ _BATCH_CONCURRENCY: Final = 1
 _MAX_PREFETCH: Final = 65_535
 
 
-@dataclass(frozen=True, slots=True)
-class Batching:
+class Batching(Struct, frozen=True):
     """How the batches of a batch handler are made.
 
     Attributes:
@@ -48,8 +49,7 @@ class Batching:
             )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
+class Options(Struct, frozen=True, kw_only=True):
     """What `Worker.handler` or `Worker.batch_handler` was given, checked.
 
     The attributes are their parameters. ``attempts`` are those of ``retry``, if that is given;
@@ -91,7 +91,7 @@ class Options:
                     f"retry and on_error={self.on_error!r} are both given: a retry policy is what "
                     "happens on an error. Give one of them.",
                 )
-            object.__setattr__(self, "attempts", self.retry.attempts)
+            force_setattr(self, "attempts", self.retry.attempts)
 
     def _check_numbers(self) -> None:
         concurrency, prefetch_count = self.concurrency, self.prefetch_count

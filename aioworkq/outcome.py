@@ -8,8 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 import traceback
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from msgspec import Struct
 
 from aioworkq.errors import MessageError, Reject, RetryLater
 from aioworkq.message import Failure
@@ -22,13 +23,11 @@ if TYPE_CHECKING:
     from aioworkq.retry import RetryPolicy
 
 
-@dataclass(frozen=True, slots=True)
-class Ack:
+class Ack(Struct, frozen=True):
     """Done: the broker may forget the message."""
 
 
-@dataclass(frozen=True, slots=True)
-class Requeue:
+class Requeue(Struct, frozen=True):
     """Back to the queue it came from (negative acknowledgement with requeue).
 
     Attributes:
@@ -41,8 +40,7 @@ class Requeue:
     counts: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(Struct, frozen=True):
     """Once more after a delay, which the broker keeps.
 
     Attributes:
@@ -54,8 +52,7 @@ class Retry:
     counts: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class DeadLetter:
+class DeadLetter(Struct, frozen=True):
     """To ``<queue>.dead``, with this reason in its headers."""
 
     reason: str

@@ -5,68 +5,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import anyio
+from msgspec import field
 
 from aioworkq.settle import Unsettled
 
 if TYPE_CHECKING:
     from datetime import datetime
 
-    from aioworkq.broker import Subscription
-    from aioworkq.message import Delivery
 
+class Run(Unsettled, eq=False, kw_only=True):
+    """One delivery on its way through the handler.
 
-class Run(Unsettled):
-    """One delivery on its way through the handler."""
+    Attributes:
+        generation: The number of its subscription.
+        body: What the handler gets, once it is decoded.
+        came: Since when it waits for others of its batch; None if it waits no longer.
+        needs_recount: Whether the queue could not count one more start of it.
+        is_trial: Whether it is run alone.
+        is_marked: Whether it is written down that its trial began.
+        needs_trial: Whether it must be marked for a trial before its last start.
+        life: Cancelled when the worker has no more time for it.
+        scope: Around the handler: its time limit, or the loss of the connection.
+        held: Redeliveries of the same message, which wait for the end of this run.
+        has_failed: Whether the handler raised an error, or exceeded its time limit.
+        succeeded: Whether the handler returned.
+        is_done: Whether the message needs no further run.
+    """
 
-    __slots__ = (
-        "body",
-        "came",
-        "generation",
-        "has_failed",
-        "held",
-        "is_done",
-        "is_marked",
-        "is_trial",
-        "life",
-        "needs_recount",
-        "needs_trial",
-        "scope",
-        "succeeded",
-    )
-
-    def __init__(
-        self,
-        delivery: Delivery,
-        subscription: Subscription,
-        tag: int,
-        used: int,
-        *,
-        generation: int,
-    ) -> None:
-        super().__init__(delivery, subscription, tag, used)
-        self.generation = generation
-        """The number of its subscription."""
-        self.body: Any = None
-        """What the handler gets, once it is decoded."""
-        self.came: datetime | None = None
-        """Since when it waits for others of its batch; None if it waits no longer."""
-        self.needs_recount = False
-        """Whether the queue could not count one more start of it."""
-        self.is_trial = False
-        """Whether it is run alone."""
-        self.is_marked = False
-        """Whether it is written down that its trial began."""
-        self.needs_trial = False
-        """Whether it must be marked for a trial before its last start."""
-        self.life = anyio.CancelScope()
-        """Cancelled when the worker has no more time for it."""
-        self.scope: anyio.CancelScope | None = None
-        """Around the handler: its time limit, or the loss of the connection."""
-        self.held: list[Run] = []
-        """Redeliveries of the same message, which wait for the end of this run."""
-        self.has_failed = False
-        """Whether the handler raised an error, or exceeded its time limit."""
-        self.succeeded = False
-        """Whether the handler returned."""
-        self.is_done = False
-        """Whether the message needs no further run."""
+    generation: int
+    body: Any = None
+    came: datetime | None = None
+    needs_recount: bool = False
+    is_trial: bool = False
+    is_marked: bool = False
+    needs_trial: bool = False
+    life: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scope: anyio.CancelScope | None = None
+    held: list[Run] = field(default_factory=list)
+    has_failed: bool = False
+    succeeded: bool = False
+    is_done: bool = False

@@ -8,11 +8,11 @@ leaves the original where it was.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from msgspec import Struct
 
 from aioworkq.delay import MAX_DELAY
 from aioworkq.delays import DelayQueues
@@ -41,8 +41,7 @@ _FAILED_COPY_PAUSE: Final = 5.0
 _SHORTEST_DELAY: Final = 0.125
 
 
-@dataclass(slots=True, eq=False)
-class Unsettled:
+class Unsettled(Struct, eq=False):
     """A delivery that has to be settled, exactly once.
 
     Attributes:
@@ -74,8 +73,7 @@ class Settled(Enum):
     """Back in its queue, which counts an attempt that was none."""
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(Struct):
     """What became of the deliveries of one consumer."""
 
     handled: int = 0

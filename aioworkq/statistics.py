@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from msgspec import Struct
 
 from aioworkq.lifecycle import ConsumerState
 
 
-@dataclass(frozen=True, slots=True)
-class ProducerStatistics:
+class ProducerStatistics(Struct, frozen=True):
     """A producer at one moment; the numbers count from its start.
 
     Attributes:
@@ -38,8 +37,7 @@ class ProducerStatistics:
     last_error: str
 
 
-@dataclass(frozen=True, slots=True)
-class ConsumerStatistics:
+class ConsumerStatistics(Struct, frozen=True):
     """One consumer at one moment; the numbers count from the worker's start.
 
     A batch handler counts once for each message of its batch.
@@ -82,8 +80,7 @@ class ConsumerStatistics:
         return self.state is ConsumerState.SUBSCRIBED
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStatistics:
+class WorkerStatistics(Struct, frozen=True):
     """A worker at one moment.
 
     Attributes:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeVar, overload
 
+from msgspec import Struct
+
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Mapping
@@ -139,8 +141,7 @@ class Queue(Generic[T]):
         return self.name + _DEAD_SUFFIX
 
 
-@dataclass(frozen=True, slots=True)
-class QueueDeclaration:
+class QueueDeclaration(Struct, frozen=True):
     """One durable queue to declare, or only to look for.
 
     Attributes:
@@ -154,17 +155,15 @@ class QueueDeclaration:
     if_missing: Literal["create", "fail", "warn"] = "create"
 
 
-@dataclass(frozen=True, slots=True)
-class ExchangeDeclaration:
+class ExchangeDeclaration(Struct, frozen=True):
     """One durable exchange to declare."""
 
     name: str
     type: Literal["topic", "fanout"]
-    arguments: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    arguments: Mapping[str, Any] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Binding:
+class Binding(Struct, frozen=True):
     """One binding to declare, of a queue or an exchange to an exchange."""
 
     destination: str

@@ -13,7 +13,6 @@ many reasons. A copy that comes back and has been started killed its process, an
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -157,5 +156,7 @@ class Trials:
 
 def _mark(message: Message) -> str:
     """Return the name of the queue that marks a message: the same for all its redeliveries."""
+    import hashlib  # noqa: PLC0415 - takes a millisecond to load, and is seldom needed
+
     key = message.message_id.encode() or message.body
     return f"{_PREFIX}.{hashlib.sha256(message.queue.encode() + b'.' + key).hexdigest()[:32]}"

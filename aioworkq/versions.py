@@ -7,12 +7,12 @@ messages instead of the version (`message.returns`) needs no row here.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final, Literal
 
+from msgspec import Struct
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Semantics:
+
+class Semantics(Struct, frozen=True, kw_only=True):
     """How one line of RabbitMQ behaves, where lines differ.
 
     Attributes:

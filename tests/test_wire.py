@@ -60,7 +60,7 @@ def round_trip(message: Message) -> Message:
 
 
 def fields(message: Message) -> dict[str, Any]:
-    return {name: getattr(message, name) for name in Message.__slots__}
+    return {name: getattr(message, name) for name in Message.__struct_fields__}
 
 
 def test_every_property_makes_the_round_trip() -> None:

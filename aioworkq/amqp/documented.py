@@ -14,21 +14,21 @@ The guarantees are the same. What differs:
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import functools
 import uuid
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from aiormq.exceptions import DeliveryError
+from msgspec import structs
 from pamqp.commands import Basic
 
 from aioworkq.amqp.decode import message_from
 from aioworkq.amqp.publish_channel import NEGATIVE, AmqpPublishChannel
-from aioworkq.amqp.subscription import AmqpIncoming, AmqpSubscription
+from aioworkq.amqp.subscription import AmqpSubscription
 from aioworkq.amqp.wire import Wire, encode, too_large_header
 from aioworkq.amqp.writer import CallWriter
-from aioworkq.broker import Confirm
+from aioworkq.broker import Confirm, Incoming
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
@@ -115,7 +115,7 @@ class DocumentedPublishChannel(AmqpPublishChannel):
         if not message_id:
             message_id = uuid.uuid4().hex
             wire = encode(
-                dataclasses.replace(message, message_id=message_id),
+                structs.replace(message, message_id=message_id),
                 frame_max=self._frame_max,
                 max_message_size=len(message.body),
             )
@@ -168,7 +168,7 @@ class DocumentedSubscription(AmqpSubscription):
             exchange=delivered.exchange or "",
             routing_key=delivered.routing_key or "",
         )
-        self.deliver(AmqpIncoming(message, tag, bool(delivered.redelivered)))
+        self.deliver(Incoming(message, tag, bool(delivered.redelivered)))
 
     def _calls(self) -> list[Callable[[], Awaitable[None]]]:
         channel = self._channel

@@ -8,8 +8,8 @@ from aiormq import exceptions as aiormq_errors
 
 from aioworkq.amqp.decode import message_from
 from aioworkq.amqp.publish_channel import close_bounded
-from aioworkq.amqp.subscription import AmqpIncoming
 from aioworkq.amqp.translate import describe, guarded, refusal
+from aioworkq.broker import Incoming
 from aioworkq.errors import ConnectionLostError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class AmqpGetter:
         self._channel = channel
         self._queue = queue
 
-    async def get(self, *, timeout: float) -> AmqpIncoming | None:
+    async def get(self, *, timeout: float) -> Incoming | None:
         """Take the next message; see the protocol."""
         call = self._channel.basic_get(self._queue)
         try:
@@ -41,7 +41,7 @@ class AmqpGetter:
             exchange=got.exchange or "",
             routing_key=got.routing_key or "",
         )
-        return AmqpIncoming(message, got.delivery_tag, bool(got.redelivered))
+        return Incoming(message, got.delivery_tag, bool(got.redelivered))
 
     async def ack(self, tag: int, *, timeout: float) -> None:
         """Acknowledge one message; see the protocol."""

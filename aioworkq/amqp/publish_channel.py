@@ -11,12 +11,12 @@ told apart by the message id, and where the same id is in flight twice, by a hea
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 from aiormq.exceptions import ChannelClosed, ChannelNotFoundEntity
+from msgspec import structs
 
 from aioworkq.amqp.decode import message_of, return_of
 from aioworkq.amqp.reader import Content, Tap
@@ -93,7 +93,7 @@ class AmqpPublishChannel:
     def _with_number(self, publication: Publication, number: int) -> Wire:
         message = publication.message
         headers = {**message.headers, _NUMBER_HEADER: number}
-        copy = dataclasses.replace(message, headers=headers)
+        copy = structs.replace(message, headers=headers)
         return encode(copy, frame_max=self._frame_max, max_message_size=len(message.body))
 
     def _take_buffer(self) -> bytes:

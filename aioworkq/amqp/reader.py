@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import struct
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import pamqp.frame
+from msgspec import Struct
 from pamqp.commands import Connection
 from pamqp.exceptions import PAMQPException
 
@@ -48,13 +49,17 @@ _body_size: Final = struct.Struct(">Q").unpack_from
 _confirm: Final = struct.Struct(">QB").unpack_from
 
 
-class Content(NamedTuple):
-    """A delivery or a return, as it came."""
+class Content(Struct, frozen=True):
+    """A delivery or a return, as it came.
+
+    Attributes:
+        method: The arguments of the method, encoded.
+        properties: The flags and the values of the properties, encoded.
+        body: The body.
+    """
 
     method: bytes
-    """The arguments of the method, encoded."""
     properties: bytes
-    """The flags and the values of the properties, encoded."""
     body: bytes
 
 

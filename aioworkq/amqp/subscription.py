@@ -14,7 +14,6 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio
@@ -28,6 +27,7 @@ from aioworkq.amqp.reader import Content, Tap
 from aioworkq.amqp.translate import closing_exception, describe, guarded
 from aioworkq.amqp.wire import ack_frame, requeue_frame
 from aioworkq.amqp.writer import TickWriter
+from aioworkq.broker import Incoming
 from aioworkq.errors import WorkQueueError
 
 if TYPE_CHECKING:
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
     from aioworkq.amqp.transport import Link
     from aioworkq.amqp.writer import Writer
-    from aioworkq.broker import Incoming, Subscription
-    from aioworkq.message import Message
+    from aioworkq.broker import Subscription
 
 _log = logging.getLogger("aioworkq")
 
@@ -57,15 +56,6 @@ class _Consume(spec.Basic.Consume):
 
     def validate(self) -> None:
         """Leave it to RabbitMQ."""
-
-
-@dataclass(slots=True, eq=False)
-class AmqpIncoming:
-    """One delivery, as it came."""
-
-    message: Message
-    tag: int
-    redelivered: bool
 
 
 class AmqpSubscription:
@@ -151,9 +141,9 @@ class AmqpSubscription:
             exchange=self._exchange,
             routing_key=self._routing_key,
         )
-        self.deliver(AmqpIncoming(message, tag, redelivered))
+        self.deliver(Incoming(message, tag, redelivered))
 
-    def deliver(self, incoming: AmqpIncoming) -> None:
+    def deliver(self, incoming: Incoming) -> None:
         """Hand on one delivery."""
         self._outstanding[incoming.tag] = None
         if self._is_flushing:

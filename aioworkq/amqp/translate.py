@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_INEQUIVALENT: Final = re.compile(
+_INEQUIVALENT: Final = (
     r"inequivalent arg '(?P<field>[^']*)' for \w+ '.*' in vhost '.*': "
-    r"received (?:the value )?(?P<ours>.*?) but current is (?:the value )?(?P<theirs>.*)$",
-    re.DOTALL,
+    r"received (?:the value )?(?P<ours>.*?) but current is (?:the value )?(?P<theirs>.*)$"
 )
-_QUOTED: Final = re.compile(r"'[^']*'")
-_UNAVAILABLE: Final = re.compile(
+_QUOTED: Final = r"'[^']*'"
+_UNAVAILABLE: Final = (
     r"is down or inaccessible|due to timeout|process is stopped|failed to restart"
-    r"|may be stopping or being demoted|no_quorum",
+    r"|may be stopping or being demoted|no_quorum"
 )
 """What RabbitMQ says of a queue that exists and cannot be reached now (rabbit_amqqueue.erl)."""
 
@@ -127,10 +126,10 @@ def refusal(
         asked: The arguments of our declaration, to name both sides of a difference.
     """
     text = describe(exc)
-    if _UNAVAILABLE.search(_QUOTED.sub("''", text)):  # a queue's name may say anything
+    if re.search(_UNAVAILABLE, re.sub(_QUOTED, "''", text)):  # a queue's name may say anything
         return ConnectionLostError(what, reason=text)
     if isinstance(exc, aiormq_errors.ChannelPreconditionFailed):
-        found = _INEQUIVALENT.search(text)
+        found = re.search(_INEQUIVALENT, text, re.DOTALL)
         if found is not None:
             field = found["field"]
             ours = (asked or {}).get(field, _plain(found["ours"]))

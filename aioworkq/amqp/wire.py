@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import struct
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, cast
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     from aioworkq.message import Message
@@ -35,9 +37,6 @@ _longlong: Final = struct.Struct(">Q").pack
 _double: Final = struct.Struct(">d").pack
 _settle: Final = struct.Struct(">BHIHHQBB").pack
 
-_new_tuple: Final = tuple.__new__
-"""Makes a `Wire` in a third of the time that its own constructor takes."""
-
 _BASIC: Final = 60
 _OCTETS: Final = tuple(bytes((number,)) for number in range(256))
 _PUBLISH_HEAD: Final = struct.pack(">HHH", _BASIC, 40, 0)
@@ -47,7 +46,7 @@ _REQUEUE_OF_REJECT: Final = 1
 _REQUEUE_OF_NACK: Final = 2
 
 
-class Wire(NamedTuple):
+class Wire(Struct, frozen=True):
     """A publication without its channel number: the payloads of its frames."""
 
     method: bytes
@@ -60,7 +59,7 @@ class Wire(NamedTuple):
         Raises:
             ValueError: The header frame is larger than this connection allows.
         """
-        method, header, body = self
+        method, header, body = self.method, self.header, self.body
         room = frame_max - _FRAME_OVERHEAD
         if len(header) > room:
             raise ValueError(too_large_header(len(header), frame_max))
@@ -107,7 +106,7 @@ def encode(message: Message, *, frame_max: int, max_message_size: int) -> Wire:
     header = _content_header(message)
     if len(header) + _FRAME_OVERHEAD > frame_max:
         raise ValueError(too_large_header(len(header), frame_max))
-    return _new_tuple(Wire, (method, header, message.body))
+    return Wire(method, header, message.body)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from aioworkq.broker import Incoming
 from aioworkq.errors import ConnectionLostError
 from aioworkq.memory.limits import Return
 
@@ -16,18 +16,8 @@ if TYPE_CHECKING:
     from aioworkq.memory.connection import MemoryConnection
     from aioworkq.memory.queue import MemoryQueue
     from aioworkq.memory.stored import Stored
-    from aioworkq.message import Message
 
 _CLOSED: Final = "closed by this side"
-
-
-@dataclass(slots=True, eq=False)
-class MemoryIncoming:
-    """One delivery, as it came."""
-
-    message: Message
-    tag: int
-    redelivered: bool
 
 
 class MemoryChannel:
@@ -69,11 +59,11 @@ class MemoryChannel:
         for queue, returned in by_queue.items():
             queue.put_back(returned, Return.LOST)
 
-    def hand_out(self, queue: MemoryQueue, stored: Stored) -> MemoryIncoming:
+    def hand_out(self, queue: MemoryQueue, stored: Stored) -> Incoming:
         """Number a message that goes to the client."""
         self._tags += 1
         self._unacked[self._tags] = (queue, stored)
-        return MemoryIncoming(queue.outgoing(stored), self._tags, bool(stored.acquired_count))
+        return Incoming(queue.outgoing(stored), self._tags, bool(stored.acquired_count))
 
     def take_ack(self, tag: int) -> None:
         """Forget a message: the client is done with it. Or lose the ack, when that was planned."""

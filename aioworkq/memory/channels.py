@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from aioworkq.broker import Confirm
 from aioworkq.errors import ConnectionLostError
-from aioworkq.memory.channel import MemoryChannel, MemoryIncoming
+from aioworkq.memory.channel import MemoryChannel
 from aioworkq.memory.limits import Return
 from aioworkq.memory.node import Refusal
 from aioworkq.memory.refusals import NOT_FOUND, topology_error
@@ -202,7 +202,7 @@ class MemoryGetter(MemoryChannel):
         super().__init__(connection)
         self._queue = queue
 
-    async def get(self, *, timeout: float) -> MemoryIncoming | None:
+    async def get(self, *, timeout: float) -> Incoming | None:
         """Take the next message; see the protocol."""
         self._check("taking a message")
         try:
@@ -211,7 +211,7 @@ class MemoryGetter(MemoryChannel):
             self.abandon()
             raise topology_error(self._queue, refusal) from None
 
-    def _take(self) -> MemoryIncoming | None:
+    def _take(self) -> Incoming | None:
         queue = self._broker.node.look_for(self._queue)
         stored = queue.take_one()
         return None if stored is None else self.hand_out(queue, stored)

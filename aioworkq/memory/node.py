@@ -5,9 +5,10 @@ Synchronous and without connections; what RabbitMQ answers with a closed channel
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from msgspec import structs
 
 from aioworkq.broker import Confirm
 from aioworkq.memory.queue import MemoryQueue
@@ -198,7 +199,7 @@ class Node:
         if limits.dead_letter_exchange is None:
             return True
         message = stored.message
-        copy = dataclasses.replace(
+        copy = structs.replace(
             message,
             exchange=limits.dead_letter_exchange,
             routing_key=limits.dead_letter_routing_key or message.routing_key,

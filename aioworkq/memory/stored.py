@@ -6,10 +6,11 @@ delivery says of its earlier ones.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+from msgspec import structs
 
 from aioworkq.amqp.wire import expiration_ms
 
@@ -45,7 +46,7 @@ class Stored:
 def over_the_wire(message: Message) -> Message:
     """Return a message as a consumer would get it: AMQP rounds times, and knows no tuples."""
     expiration = message.expiration
-    return dataclasses.replace(
+    return structs.replace(
         message,
         body=bytes(message.body),
         headers=_table(message.headers),
@@ -88,7 +89,7 @@ def delivered(stored: Stored, *, queue: str, semantics: Semantics, is_quorum: bo
             headers["x-delivery-count"] = stored.delivery_count
         if stored.acquired_count and semantics.has_acquired_count:
             headers["x-acquired-count"] = stored.acquired_count
-    return dataclasses.replace(message, queue=queue, headers=headers)
+    return structs.replace(message, queue=queue, headers=headers)
 
 
 def _death_headers(deaths: list[Death], semantics: Semantics) -> dict[str, Any]:
