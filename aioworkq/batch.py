@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import logging
 from collections.abc import AsyncIterable, Iterable
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from aioworkq.errors import UnroutableError, WorkQueueError
+from aioworkq.outbox import Publication
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterator
+    from collections.abc import Callable, Iterator
     from types import TracebackType
 
     from aioworkq.message import Message
-    from aioworkq.outbox import Outbox, Publication
+    from aioworkq.outbox import Outbox
     from aioworkq.producer import Producer
     from aioworkq.topology import Queue
 
@@ -64,18 +64,45 @@ class PublishReport:
         return f"<PublishReport: {self.confirmed} confirmed, {self.failed} failed>"
 
 
-class Batch:
-    """The messages of one `Producer.publish_many` that are under way.
+class _Member(Publication, eq=False, kw_only=True):
+    """A publication of a batch.
+
+    Attributes:
+        batch: Its batch.
+        position: The position of its body in the iterable.
+        is_second: Whether it was published before, and returned.
+    """
+
+    batch: Batch[Any]
+    position: int
+    is_second: bool
+
+    def done(self, error: WorkQueueError | None) -> None:
+        """Tell the batch."""
+        self.batch.done(self, error)
+
+
+class Batch(Generic[T]):
+    """The messages of one `Producer.publish_many`.
 
     Leave it, as a context manager, in any way: it waits for the outcomes, unless it is left by a
     cancellation, which takes back what was not sent yet.
+
+    Args:
+        producer: Declares queues, and says whether it was closed meanwhile.
+        outbox: Where the messages are published.
+        queue: Where they shall go.
+        message_of: Makes a message of a body.
+        delay: Seconds that each message waits in the broker first.
+        timeout: Seconds that each message has.
     """
 
     def __init__(
         self,
         producer: Producer,
         outbox: Outbox,
-        queue: Queue[Any],
+        queue: Queue[T],
+        message_of: Callable[[T], Message],
         *,
         delay: float,
         timeout: float,
@@ -83,17 +110,18 @@ class Batch:
         self._producer = producer
         self._outbox = outbox
         self._queue = queue
+        self._message_of = message_of
         self._delay = delay
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._report = PublishReport()
         self._can_declare = queue.declare or delay > 0
         self._position = 0
-        self._under_way: dict[int, Publication | None] = {}
+        self._under_way: dict[int, _Member] = {}
         self._bytes_under_way = 0
         self._wanted_room = 0
         self._has_room = asyncio.Event()
-        self._again: list[tuple[int, Message, float]] = []
+        self._again: list[_Member] = []
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,71 +136,115 @@ class Batch:
             if exc_value is None or isinstance(exc_value, Exception):
                 await self._wait_under_way(0)
         finally:
-            for publication in self._under_way.values():
-                if publication is not None:
-                    self._outbox.take_back(publication)
+            for member in self._under_way.values():
+                self._outbox.take_back(member)
 
-    def fail(self, error: Exception) -> None:
+    async def publish(self, bodies: Iterable[T] | AsyncIterable[T]) -> None:
+        """Publish each body; return when the last one is under way.
+
+        Raises:
+            TypeError: It is no iterable, or a single body.
+            StateError: The producer is closed meanwhile.
+            Exception: What the iterable raises.
+        """
+        if isinstance(bodies, AsyncIterable):
+            async for body in bodies:
+                await self._publish_next(body)
+            return
+        if isinstance(bodies, str | bytes) or not isinstance(bodies, Iterable):
+            raise TypeError(f"bodies must be an iterable of bodies, not {type(bodies).__name__}.")
+        for body in bodies:
+            if self._must_wait():
+                await self._publish_next(body)
+            else:
+                self._submit_body(body)
+
+    def _must_wait(self) -> bool:
+        return (
+            self._position % _BREATH == 0
+            or self._delay > 0
+            or len(self._under_way) >= self._outbox.window
+            or self._bytes_under_way >= self._outbox.window_bytes
+            or bool(self._again)
+        )
+
+    async def _publish_next(self, body: T) -> None:
+        await self._wait_room()
+        self._producer.check_running()
+        if not self._delay:
+            self._submit_body(body)
+            return
+        try:
+            message = self._message_of(body)
+            deadline = self._loop.time() + self._timeout
+            await self._make_way(message, deadline)
+            self._submit(self._position, message, deadline)
+        except (TypeError, ValueError, WorkQueueError) as exc:
+            self._fail(exc)
+        else:
+            self._position += 1
+
+    def _submit_body(self, body: T) -> None:
+        try:
+            message = self._message_of(body)
+            self._submit(self._position, message, self._loop.time() + self._timeout)
+        except (TypeError, ValueError) as exc:
+            self._fail(exc)
+        else:
+            self._position += 1
+
+    def _fail(self, error: Exception) -> None:
         """Note that the next message cannot be sent."""
         self._report.errors[self._position] = error.with_traceback(None)
         self._position += 1
 
-    async def submit(self, message: Message) -> None:
-        """Hand one message to the outbox."""
-        deadline = self._loop.time() + self._timeout
-        if self._delay:
-            try:
-                await self._make_way(message, deadline)
-            except WorkQueueError as exc:
-                self.fail(exc)
-                return
-        wire = self._outbox.connection.prepare(message)
-        position = self._position
-        self._position += 1
-        self._under_way[position] = None
-        self._bytes_under_way += len(message.body)
-        self._send(position, message, wire, deadline, again=False)
-
-    def _send(
+    def _submit(
         self,
         position: int,
         message: Message,
-        wire: Any,
         deadline: float,
         *,
-        again: bool,
+        is_second: bool = False,
     ) -> None:
-        done = functools.partial(self._done, position, message, None if again else deadline)
-        publication = self._outbox.submit(message, wire, deadline=deadline, done=done)
-        if not publication.is_resolved:
-            self._under_way[position] = publication
+        """Hand one message to the outbox."""
+        outbox, size = self._outbox, len(message.body)
+        member = _Member(
+            outbox,
+            message,
+            outbox.connection.prepare(message),
+            deadline,
+            size,
+            batch=self,
+            position=position,
+            is_second=is_second,
+        )
+        self._under_way[position] = member
+        if not is_second:
+            self._bytes_under_way += size
+        outbox.submit(member)
 
-    def _done(
-        self,
-        position: int,
-        message: Message,
-        deadline: float | None,
-        error: WorkQueueError | None,
-    ) -> None:
-        """Take the outcome of a message; with a deadline it may be published once more."""
-        if deadline is not None and self._can_declare and isinstance(error, UnroutableError):
-            self._under_way[position] = None
-            self._again.append((position, message, deadline))
-            self._has_room.set()
-        else:
-            self._settle(position, message, error)
-
-    def _settle(self, position: int, message: Message, error: WorkQueueError | None) -> None:
-        del self._under_way[position]
-        self._bytes_under_way -= len(message.body)
+    def done(self, member: _Member, error: WorkQueueError | None) -> None:
+        """Take the outcome of a message, which may be published once more."""
         if error is None:
             self._report.confirmed += 1
+            self._leave(member)
+        elif isinstance(error, UnroutableError) and self._can_declare and not member.is_second:
+            self._again.append(member)
+            self._has_room.set()
         else:
-            self._report.errors[position] = error.with_traceback(None)
+            self._give_up(member, error)
+
+    def _give_up(self, member: _Member, error: WorkQueueError) -> None:
+        self._report.errors[member.position] = error.with_traceback(None)
+        self._leave(member)
+
+    def _leave(self, member: _Member) -> None:
+        del self._under_way[member.position]
+        self._bytes_under_way -= member.size
         if len(self._under_way) <= self._wanted_room:
             self._has_room.set()
 
-    async def wait_room(self) -> None:
+    async def _wait_room(self) -> None:
         """Wait until another message may be under way."""
         window, window_bytes = self._outbox.window, self._outbox.window_bytes
         if self._position % _BREATH == 0:
@@ -198,14 +270,13 @@ class Batch:
         """Publish what was returned because a queue had been deleted, after declaring it anew."""
         again, self._again = self._again, []
         self._producer.forget(self._queue)
-        for position, message, deadline in again:
+        for member in again:
             try:
-                await self._make_way(message, deadline)
+                await self._make_way(member.message, member.deadline)
             except WorkQueueError as exc:
-                self._settle(position, message, exc)
+                self._give_up(member, exc)
                 continue
-            wire = self._outbox.connection.prepare(message)
-            self._send(position, message, wire, deadline, again=True)
+            self._submit(member.position, member.message, member.deadline, is_second=True)
 
     async def _make_way(self, message: Message, deadline: float) -> None:
         with self._outbox.expecting():
@@ -230,19 +301,3 @@ class Batch:
                 report.errors[first],
             )
         return report
-
-
-async def each(bodies: Iterable[T] | AsyncIterable[T]) -> AsyncGenerator[T]:
-    """Iterate over either kind of iterable.
-
-    Raises:
-        TypeError: It is neither, or a single body.
-    """
-    if isinstance(bodies, AsyncIterable):
-        async for body in bodies:
-            yield body
-        return
-    if isinstance(bodies, str | bytes) or not isinstance(bodies, Iterable):
-        raise TypeError(f"bodies must be an iterable of bodies, not {type(bodies).__name__}.")
-    for body in bodies:
-        yield body

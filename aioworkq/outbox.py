@@ -22,6 +22,7 @@ from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
 
 import anyio
+from msgspec import Struct
 
 from aioworkq.broker import Confirm
 from aioworkq.errors import (
@@ -34,7 +35,7 @@ from aioworkq.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
+    from collections.abc import Generator
 
     from aioworkq.broker import Connection, PublishChannel
     from aioworkq.message import Message
@@ -56,46 +57,32 @@ _BLOCKED_REASON: Final = "RabbitMQ blocks publishers (memory or disk alarm)"
 _CLOSED_REASON: Final = "the producer was closed"
 
 
-class Publication:
-    """A message between its submission and its outcome."""
+class Publication(Struct, eq=False):
+    """A message between its submission and its outcome.
 
-    __slots__ = (
-        "_outbox",
-        "deadline",
-        "done",
-        "is_refused",
-        "is_resolved",
-        "is_sent",
-        "is_suspect",
-        "maybe_stored",
-        "message",
-        "size",
-        "wire",
-    )
+    Attributes:
+        outbox: Where it is submitted.
+        message: The message.
+        wire: What `Connection.prepare` made of it.
+        deadline: When its outcome is due, by the event loop's clock.
+        size: The bytes of its body.
+        is_resolved: It has its outcome, or nobody wants it.
+        is_sent: It is on the channel, and the channel has not answered.
+        is_refused: It was refused, and shall be sent again on another channel.
+        maybe_stored: It was on a connection or channel that was lost.
+        is_suspect: It was on a channel that the broker closed because of one of the messages there.
+    """
 
-    def __init__(
-        self,
-        message: Message,
-        wire: Any,
-        deadline: float,
-        done: Callable[[WorkQueueError | None], None],
-        outbox: Outbox,
-    ) -> None:
-        self._outbox = outbox
-        self.message = message
-        self.wire = wire
-        self.deadline = deadline
-        self.done = done
-        self.size = len(message.body)
-        self.is_resolved = False
-        self.is_sent = False
-        """It is on the channel, and the channel has not answered."""
-        self.is_refused = False
-        """It was refused, and shall be sent again on another channel."""
-        self.maybe_stored = False
-        """It was on a connection or channel that was lost."""
-        self.is_suspect = False
-        """It was on a channel that the broker closed because of one of the messages there."""
+    outbox: Outbox
+    message: Message
+    wire: Any
+    deadline: float
+    size: int
+    is_resolved: bool = False
+    is_sent: bool = False
+    is_refused: bool = False
+    maybe_stored: bool = False
+    is_suspect: bool = False
 
     @property
     def is_in_doubt(self) -> bool:
@@ -104,7 +91,26 @@ class Publication:
 
     def settle(self, confirm: Confirm, reason: str) -> None:
         """Take the channel's answer."""
-        self._outbox.on_confirm(self, confirm, reason)
+        self.outbox.on_confirm(self, confirm, reason)
+
+    def done(self, error: WorkQueueError | None) -> None:
+        """Take the outcome: its error, or None once it is confirmed. Called once at most."""
+        raise NotImplementedError
+
+
+class _Awaited(Publication, eq=False, kw_only=True):
+    """A publication that a task waits for."""
+
+    outcome: asyncio.Future[None]
+
+    def done(self, error: WorkQueueError | None) -> None:
+        """Tell the task, if it is still there."""
+        if self.outcome.done():
+            return
+        if error is None:
+            self.outcome.set_result(None)
+        else:
+            self.outcome.set_exception(error)
 
 
 class Outbox:
@@ -204,40 +210,35 @@ class Outbox:
             WorkQueueError: One of the errors of `Producer.publish`.
         """
         outcome: asyncio.Future[None] = self.loop.create_future()
-        done = functools.partial(_tell, outcome)
-        publication = self.submit(message, wire, deadline=deadline, done=done)
+        size = len(message.body)
+        publication = _Awaited(self, message, wire, deadline, size, outcome=outcome)
+        self.submit(publication)
         try:
             await outcome
         except asyncio.CancelledError:
             self.take_back(publication)
             raise
 
-    def submit(
-        self,
-        message: Message,
-        wire: Any,
-        *,
-        deadline: float,
-        done: Callable[[WorkQueueError | None], None],
-    ) -> Publication:
-        """Take a publication; ``done`` is called with its error, or None once it is confirmed."""
-        publication = Publication(message, wire, deadline, done, self)
+    def submit(self, publication: Publication) -> None:
+        """Take a publication. Its `Publication.done` gets the outcome, perhaps at once."""
         if self._refused is not None or self._is_closed:
             publication.is_resolved = True
-            done(self._refusal() or self._never_sent(message, _CLOSED_REASON))
-            return publication
+            publication.done(
+                self._refusal() or self._never_sent(publication.message, _CLOSED_REASON),
+            )
+            return
         self._pending[publication] = None
         self._idle.clear()
-        self._arm(deadline)
+        if self._timer is None or publication.deadline < self._timer_at:
+            self._arm(publication.deadline)
         if self._channel is None or self._waiting or not self._has_room(publication):
             self._waiting[publication] = None
         else:
             self._send(self._channel, publication)
         if self._blocked_timer is None:
-            loop = asyncio.get_running_loop()
-            self._blocked_timer = loop.call_later(_BLOCKED_POLL, self._watch_blocked)
-        self.start()
-        return publication
+            self._blocked_timer = self.loop.call_later(_BLOCKED_POLL, self._watch_blocked)
+        if self._task is None:
+            self.start()
 
     def take_back(self, publication: Publication) -> None:
         """Forget a publication, its ``done`` included: not sent yet, it never will be."""
@@ -275,12 +276,14 @@ class Outbox:
         if publication.is_resolved:
             self._abandoned -= 1
             self._abandoned_bytes -= publication.size
+        elif confirm is Confirm.ACK:
+            self.confirmed += 1
+            self._taking.add(publication.message.exchange or publication.message.queue)
+            self._finish(publication, None)
         elif confirm is Confirm.NACK and self._may_lack_leader(publication):
             publication.is_refused = True
             self._again.append(publication)
         else:
-            if confirm is Confirm.ACK:
-                self._taking.add(publication.message.exchange or publication.message.queue)
             self._finish(publication, self._error_of(publication, confirm, reason))
         if self._is_retiring:
             self._renew_if_drained()
@@ -327,30 +330,17 @@ class Outbox:
         reason: str,
         *,
         is_refusal: bool = False,
-    ) -> WorkQueueError | None:
+    ) -> WorkQueueError:
         message = publication.message
-        match confirm:
-            case Confirm.ACK:
-                self.confirmed += 1
-                return None
-            case Confirm.RETURNED:
-                self.unroutable += 1
-                return UnroutableError(
-                    message.message_id,
-                    queue=message.queue,
-                    reason=reason,
-                )
-            case Confirm.NACK:
-                # What is refused now, alone, was refused in the company that made it suspect.
-                if publication.maybe_stored or (publication.is_suspect and not is_refusal):
-                    reason = f"{reason}, and an earlier sending was never answered"
-                    return self._unknown(message, reason)
-                self.not_confirmed += 1
-                return NotConfirmedError(
-                    message.message_id,
-                    queue=message.queue,
-                    reason=reason,
-                )
+        if confirm is Confirm.RETURNED:
+            self.unroutable += 1
+            return UnroutableError(message.message_id, queue=message.queue, reason=reason)
+        # What is refused now, alone, was refused in the company that made it suspect.
+        if publication.maybe_stored or (publication.is_suspect and not is_refusal):
+            reason = f"{reason}, and an earlier sending was never answered"
+            return self._unknown(message, reason)
+        self.not_confirmed += 1
+        return NotConfirmedError(message.message_id, queue=message.queue, reason=reason)
 
     def _unknown(self, message: Message, reason: str) -> OutcomeUnknownError:
         self.unknown += 1
@@ -393,12 +383,12 @@ class Outbox:
 
     def _arm(self, deadline: float) -> None:
         """Have `_expire` called at the earliest deadline, with one timer for all of them."""
-        if self._timer is not None and self._timer_at <= deadline:
-            return
         if self._timer is not None:
+            if self._timer_at <= deadline:
+                return
             self._timer.cancel()
         self._timer_at = deadline
-        self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+        self._timer = self.loop.call_at(deadline, self._expire)
 
     def _expire(self) -> None:
         """Tell everybody whose deadline has passed what is known."""
@@ -611,15 +601,6 @@ class Outbox:
             await asyncio.wait({self._task})
         # Its end is the channel's too; closing that first would wait for an answer once more.
         await self._connection.aclose(timeout=timeout)
-
-
-def _tell(outcome: asyncio.Future[None], error: WorkQueueError | None) -> None:
-    if outcome.done():
-        return
-    if error is None:
-        outcome.set_result(None)
-    else:
-        outcome.set_exception(error)
 
 
 def _backoff(failures: int) -> float:

@@ -7,7 +7,7 @@ The queue is declared, the body encoded and checked here; confirms, the window a
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
 import math
 import uuid
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import anyio
 
-from aioworkq.batch import Batch, PublishReport, each
+from aioworkq.batch import Batch, PublishReport
 from aioworkq.codec import codec_for
 from aioworkq.connect import connection_to
 from aioworkq.delay import checked_delay
@@ -300,27 +300,17 @@ class Producer:
         if self._must_declare(queue):
             with outbox.expecting():
                 await self.make_way(queue, asyncio.get_running_loop().time() + wait)
-        async with (
-            Batch(self, outbox, queue, delay=seconds, timeout=wait) as batch,
-            contextlib.aclosing(each(bodies)) as every,
-        ):
-            async for body in every:
-                await batch.wait_room()
-                if self._is_closed:
-                    self._running()
-                try:
-                    message = self._message(
-                        queue,
-                        body,
-                        priority=priority,
-                        expiration=expiration,
-                        headers=headers,
-                        message_id=None,
-                        correlation_id=correlation_id,
-                    )
-                    await batch.submit(message)
-                except (TypeError, ValueError) as exc:
-                    batch.fail(exc)
+        message_of = functools.partial(
+            self._message,
+            queue,
+            priority=priority,
+            expiration=expiration,
+            headers=headers,
+            message_id=None,
+            correlation_id=correlation_id,
+        )
+        async with Batch(self, outbox, queue, message_of, delay=seconds, timeout=wait) as batch:
+            await batch.publish(bodies)
         return batch.finish()
 
     def _must_declare(self, queue: Queue[Any]) -> bool:
@@ -382,6 +372,14 @@ class Producer:
                 f"declaring queue {queue.name!r}",
                 reason=reason or self._connection.last_error or "no answer in time",
             ) from None
+
+    def check_running(self) -> None:
+        """Check that this producer can publish. For `Batch` too.
+
+        Raises:
+            StateError: It was not started, or it was closed.
+        """
+        self._running()
 
     def _running(self) -> Outbox:
         if self._outbox is None or self._is_closed:

@@ -18,7 +18,7 @@ from aioworkq.errors import (
     WorkQueueError,
 )
 from aioworkq.message import Message
-from aioworkq.outbox import Outbox
+from aioworkq.outbox import Outbox, Publication
 from aioworkq.topology import QueueDeclaration
 from tests.consuming import Broker, eventually
 from tests.publishing import no_complaints
@@ -42,6 +42,17 @@ def connect(url: str) -> AmqpConnection:
     )
 
 
+class Numbered(Publication, eq=False, kw_only=True):
+    """A publication whose outcome is noted under its number, once."""
+
+    number: int
+    errors: dict[int, WorkQueueError | None]
+
+    def done(self, error: WorkQueueError | None) -> None:
+        assert self.number not in self.errors
+        self.errors[self.number] = error
+
+
 class Line:
     """An outbox, the queue that it publishes to, and numbered messages."""
 
@@ -63,17 +74,16 @@ class Line:
         await self.connection.declare([QueueDeclaration(self.queue, {})], timeout=20)
         await eventually(lambda: self.outbox._channel is not None)
 
-    def submit(self, *, timeout: float = 20.0, size: int = 1) -> Any:
+    def submit(self, *, timeout: float = 20.0, size: int = 1) -> Publication:
         number = next(self._numbers)
         message = Message(b"x" * size, self.queue, message_id=f"{self.queue}: {number}")
-
-        def done(error: WorkQueueError | None) -> None:
-            assert number not in self.errors
-            self.errors[number] = error
-
         wire = self.connection.prepare(message)
         deadline = asyncio.get_running_loop().time() + timeout
-        return self.outbox.submit(message, wire, deadline=deadline, done=done)
+        numbered = Numbered(
+            self.outbox, message, wire, deadline, size, number=number, errors=self.errors
+        )
+        self.outbox.submit(numbered)
+        return numbered
 
     async def publish(self, **options: Any) -> None:
         message = Message(b"x", self.queue)

@@ -28,7 +28,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
 def encoded(message: Message, *, channel: int = 7, frame_max: int = DEFAULT_FRAME_MAX) -> bytes:
     wire = encode(message, frame_max=frame_max, max_message_size=2**24)
-    return wire.frames(channel, frame_max)
+    return b"".join(wire.frames(channel, frame_max))
 
 
 def decoded(data: bytes) -> list[Any]:

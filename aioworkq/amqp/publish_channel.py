@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aioworkq")
 
 _NUMBER_HEADER: Final = "x-aioworkq-publish-number"
-_PIECE: Final = 128
-"""So many messages are not kept for the end of a step: RabbitMQ works on them meanwhile."""
+_PIECE: Final = 128 * 6
+"""So many parts of frames, those of 128 messages, do not wait for the end of a step: RabbitMQ works
+on them meanwhile."""
 NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
@@ -49,7 +50,7 @@ class AmqpPublishChannel:
         self._unconfirmed: dict[int, Publication] = {}
         self._by_message_id: dict[str, int] = {}
         self._returned: dict[int, str] = {}
-        self._buffer: list[bytes] = []
+        self._buffer: list[bytes | memoryview] = []
         self._writer = self.attach(link)
         self._lost = asyncio.Event()
         self._reason = ""
@@ -85,7 +86,7 @@ class AmqpPublishChannel:
         self._unconfirmed[number] = publication
         self._by_message_id.setdefault(message_id, number)
         if not self._lost.is_set():
-            self._buffer.append(frames)
+            self._buffer += frames
             self._writer.wake()
             if len(self._buffer) >= _PIECE:
                 self._writer.push()

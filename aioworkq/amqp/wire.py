@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from msgspec import Struct
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from aioworkq.message import Message
 
 DEFAULT_FRAME_MAX: Final = 131_072
@@ -53,8 +55,8 @@ class Wire(Struct, frozen=True):
     header: bytes
     body: bytes
 
-    def frames(self, channel: int, frame_max: int) -> bytes:
-        """Return the frames, ready to be written.
+    def frames(self, channel: int, frame_max: int) -> Sequence[bytes | memoryview]:
+        """Return the frames in parts, to be written one after the other.
 
         Raises:
             ValueError: The header frame is larger than this connection allows.
@@ -66,14 +68,14 @@ class Wire(Struct, frozen=True):
         head = _frame_head(_HEADER, channel, len(header))
         if 0 < len(body) <= room:
             body_head = _end_and_head(0xCE, _BODY, channel, len(body))
-            parts = [_method_frame(channel, method), head, header, body_head, body, _FRAME_END]
-            return b"".join(parts)
-        parts = [_method_frame(channel, method), head, header]
+            return (_method_frame(channel, method), head, header, body_head, body, _FRAME_END)
+        parts: list[bytes | memoryview] = [_method_frame(channel, method), head, header]
+        whole = memoryview(body)
         for start in range(0, len(body), room):
-            chunk = body[start : start + room]
+            chunk = whole[start : start + room]
             parts += (_end_and_head(0xCE, _BODY, channel, len(chunk)), chunk)
         parts.append(_FRAME_END)
-        return b"".join(parts)
+        return parts
 
 
 @functools.lru_cache(maxsize=1024)
