@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pamqp import commands as spec
 from pamqp.body import ContentBody
+from pamqp.exceptions import UnmarshalingException
 from pamqp.header import ContentHeader
 from pamqp.heartbeat import Heartbeat
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from pamqp.base import Frame
 
 OURS, THEIRS = 3, 4
+HEARTBEAT = pamqp.frame.marshal(Heartbeat(), 0)
 
 
 class Stream:
@@ -173,6 +176,46 @@ def test_an_incomplete_frame_is_left_to_aiormq_at_the_end(stream: Stream) -> Non
     assert not stream.passed
     stream.reader.feed_eof()
     assert stream.passed == marshal(OURS, deliver(1))[:-3]
+
+
+def test_an_incomplete_body_of_ours_is_aiormqs_too_at_the_end(stream: Stream) -> None:
+    """What has come of it went elsewhere already; aiormq gets enough to complain of the rest."""
+    stream.feed(marshal(OURS, deliver(1), *content(b"x" * 50))[:-3], 20)
+    assert stream.passed == HEARTBEAT
+    stream.reader.feed_eof()
+    with pytest.raises(UnmarshalingException, match="Not all data received"):
+        pamqp.frame.unmarshal(stream.passed.removeprefix(HEARTBEAT))
+
+
+def test_a_body_of_ours_with_a_wrong_end_is_left_to_aiormq(stream: Stream) -> None:
+    """However the stream is cut: it finds no end of a frame where one has to be."""
+    stream.feed(marshal(OURS, deliver(1), *content(b"x" * 50))[:-1] + b"!", 20)
+    stream.feed(b"more")
+    assert not stream.deliveries
+    with pytest.raises(UnmarshalingException, match="Last byte error"):
+        pamqp.frame.unmarshal(stream.passed.removeprefix(HEARTBEAT))
+    assert stream.passed.endswith(b"!more")
+
+
+@given(sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=30), frame=st.integers(1, 3000))
+@settings(deadline=None)
+def test_a_large_body_is_put_together_wherever_the_stream_is_cut(
+    sizes: list[int],
+    frame: int,
+) -> None:
+    """Of many frames, each in many pieces, and another message behind it."""
+    stream = Stream()
+    body = bytes(number % 251 for number in range(10_000))
+    data = marshal(OURS, deliver(1), *content(body, size=frame), deliver(2), *content(b"small"))
+    start = 0
+    for size in itertools.cycle(sizes):
+        if start >= len(data):
+            break
+        stream.feed(data[start : start + size])
+        start += size
+    assert [one.body for one in stream.deliveries] == [body, b"small"]
+    assert stream.passed == HEARTBEAT
+    stream.loop.close()
 
 
 def test_an_error_of_ours_ends_the_connection_and_is_logged(

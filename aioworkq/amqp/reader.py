@@ -11,6 +11,7 @@ on all others as they came. The layout of frames is that of the AMQP 0-9-1 speci
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import struct
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +34,8 @@ _FRAME_END: Final = 0xCE
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _HEARTBEAT: Final = b"\x08\x00\x00\x00\x00\x00\x00\xce"
 _NO_FRAME: Final = b"AMQP"
+_ENDLESS: Final = b"\x03\x00\x00\x00\x00\x00\x01x"
+"""A frame without its end, for aiormq to complain of what it finds there."""
 
 _DELIVER: Final = struct.pack(">HH", 60, 60)
 _RETURN: Final = struct.pack(">HH", 60, 50)
@@ -89,7 +92,7 @@ class Tap:
         self._on_confirm = on_confirm
         self._complete: Callable[[Content], None] | None = None
         self._method = self._properties = b""
-        self._parts: list[bytes] = []
+        self._body: io.BytesIO | None = None
         self._missing = 0
         self.has_close = False
         self.has_ended = False
@@ -101,19 +104,34 @@ class Tap:
         if self._complete is None:
             return False
         if kind == _BODY:
-            part = data[start:end]
-            self._missing -= len(part)
-            if self._missing > 0 or self._parts:
-                self._parts.append(part)
-                part = b"".join(self._parts) if self._missing <= 0 else b""
-            if self._missing <= 0:
-                self._finish(part)
+            if self._body is None and end - start >= self._missing:
+                self._finish(data[start:end])
+            else:
+                self.add(memoryview(data)[start:end])
+                self.end_frame()
         elif kind == _HEADER:
             self._properties = data[start + _PROPERTIES : end]
             self._missing = _body_size(data, start + 4)[0]
             if not self._missing:
                 self._finish(b"")
         return True
+
+    @property
+    def takes_body(self) -> bool:
+        """Whether the body of what came last is ours."""
+        return self._complete is not None
+
+    def add(self, part: memoryview) -> None:
+        """Take a part of the body, which may end within a frame."""
+        if self._body is None:
+            # It hands out what it holds, where joining parts would copy them once more.
+            self._body = io.BytesIO()
+        self._missing -= self._body.write(part)
+
+    def end_frame(self) -> None:
+        """Take note that a frame of the body is through."""
+        if self._missing <= 0:
+            self._finish(self._body.getvalue() if self._body is not None else b"")
 
     def _take_method(self, method: bytes, data: bytes, start: int, end: int) -> bool:
         complete = self._on_content.get(method)
@@ -131,8 +149,7 @@ class Tap:
 
     def _finish(self, body: bytes) -> None:
         complete, content = self._complete, Content(self._method, self._properties, body)
-        self._complete = None
-        self._parts.clear()
+        self._complete = self._body = None
         if complete is not None:
             complete(content)
 
@@ -154,6 +171,8 @@ class FrameReader(asyncio.StreamReader):
         self._need = _FRAME_HEAD
         self._is_raw = False
         self._tell_at = 0.0
+        self._open: Tap | None = None
+        self._left = 0
 
     def tap(self, channel: int, tap: Tap) -> None:
         """Hand the frames of a channel to a tap, until the channel's end on the wire."""
@@ -175,7 +194,7 @@ class FrameReader(asyncio.StreamReader):
             data = b"".join(self._parts)
             self._parts.clear()
         try:
-            done = self._split(data)
+            done = self._split(data, self._go_on(data, 0))
         except Exception as exc:  # an error of ours must not end the connection in silence
             _log.exception("aioworkq failed on a frame of RabbitMQ: please report this.")
             self._taps.clear()
@@ -186,12 +205,13 @@ class FrameReader(asyncio.StreamReader):
         if self._have:
             self._parts.append(data[done:])
 
-    def _split(self, data: bytes) -> int:
+    def _split(self, data: bytes, position: int) -> int:
         """Deal with all complete frames, and return where the incomplete one begins."""
         taps = self._taps
         size = len(data)
-        position = passed = 0
-        has_taken = False
+        passed = position
+        has_taken = position > 0
+        opened: Tap | None = None
         self._need = _FRAME_HEAD
         while size - position >= _FRAME_HEAD:
             kind, channel, length = _frame_head(data, position)
@@ -199,6 +219,7 @@ class FrameReader(asyncio.StreamReader):
             if end >= size:
                 self._need = _FRAME_HEAD + length + 1
                 self._is_raw = data.startswith(_NO_FRAME, position)
+                opened, self._left = self._taker_of(kind, channel), length
                 break
             if data[end] != _FRAME_END:
                 self._is_raw = True
@@ -220,7 +241,38 @@ class FrameReader(asyncio.StreamReader):
             super().feed_data(data[passed:position])
         elif has_taken:
             self._tell()
-        return position
+        if opened is None:
+            return position
+        self._open = opened
+        return self._go_on(data, position + _FRAME_HEAD)
+
+    def _taker_of(self, kind: int, channel: int) -> Tap | None:
+        """Return whose a frame is that is not complete, if it is a body's and ours."""
+        tap = self._taps.get(channel)
+        return tap if kind == _BODY and tap is not None and tap.takes_body else None
+
+    def _go_on(self, data: bytes, start: int) -> int:
+        """Hand on what has come of a body's frame that is not complete, if there is one.
+
+        So most of a large body is copied once only, to where it is put together.
+
+        Returns:
+            Where the rest begins.
+        """
+        if self._open is None:
+            return start
+        end = min(start + self._left, len(data))
+        self._open.add(memoryview(data)[start:end])
+        self._left -= end - start
+        if end == len(data):
+            return end
+        tap, self._open = self._open, None
+        if data[end] != _FRAME_END:
+            self._is_raw = True
+            super().feed_data(_ENDLESS + data[end:])
+            return len(data)
+        tap.end_frame()
+        return end + 1
 
     def _tell(self) -> None:
         """Let aiormq know that the peer lives: it waits for frames, and does not see ours."""
@@ -234,6 +286,8 @@ class FrameReader(asyncio.StreamReader):
         if self._parts:
             super().feed_data(b"".join(self._parts))
             self._parts.clear()
+        elif self._open is not None:
+            super().feed_data(_ENDLESS)
         super().feed_eof()
 
     def end_handshake(self) -> None:
