@@ -19,7 +19,6 @@ from collections.abc import Collection, Iterable, MutableSequence, Reversible, S
 from typing import TYPE_CHECKING, Any, Final, Union, get_args, get_origin
 
 import anyio
-import anyio.to_thread
 from msgspec import Struct
 
 from aioworkq.codec import Codec, codec_for
@@ -92,6 +91,8 @@ class Handler(Struct, frozen=True, eq=False):
         Cancelling this leaves the thread alone, as threads cannot be stopped; ``call.has_ended``
         tells when it is through.
         """
+        from anyio import to_thread  # noqa: PLC0415 - most workers have coroutine functions only
+
         loop = asyncio.get_running_loop()
         bound = functools.partial(self.function, **self._arguments(body, delivery))
 
@@ -107,7 +108,7 @@ class Handler(Struct, frozen=True, eq=False):
 
         limiter = anyio.CapacityLimiter(1)
         try:
-            result = await anyio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
+            result = await to_thread.run_sync(run, abandon_on_cancel=True, limiter=limiter)
         finally:
             if call.claim():
                 call.has_ended.set()

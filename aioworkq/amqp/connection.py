@@ -30,7 +30,6 @@ from aioworkq.amqp.declare import (
     look_for,
     may_be_looked_for,
 )
-from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
 from aioworkq.amqp.features import explain, missing_names
 from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
@@ -455,7 +454,7 @@ class AmqpConnection:
         what = "opening a channel to publish"
         channel = await self._open_channel(what, confirms=True, frame_buffer=256, timeout=timeout)
         link = self._link_for(channel)
-        kind = AmqpPublishChannel if link is not None else DocumentedPublishChannel
+        kind = AmqpPublishChannel if link is not None else _documented()[0]
         return kind(channel, link=link, frame_max=self._frame_max)
 
     async def count_messages(self, queue: str, *, timeout: float) -> int:
@@ -516,7 +515,7 @@ class AmqpConnection:
             timeout=timeout,
         )
         link = self._link_for(channel)
-        kind = AmqpSubscription if link is not None else DocumentedSubscription
+        kind = AmqpSubscription if link is not None else _documented()[1]
         subscription = kind(
             channel,
             queue,
@@ -555,6 +554,13 @@ class AmqpConnection:
             if self._declaring:
                 await asyncio.wait(self._declaring, timeout=_ABORT_GRACE)
         self._current = self._link = None
+
+
+def _documented() -> tuple[type[AmqpPublishChannel], type[AmqpSubscription]]:
+    """Return what takes the place of the fast paths."""
+    from aioworkq.amqp import documented  # noqa: PLC0415 - nearly no program needs it
+
+    return documented.DocumentedPublishChannel, documented.DocumentedSubscription
 
 
 def _is_tls_refusal(exc: BaseException | None) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
 
 
 class Measurement:
@@ -22,6 +24,26 @@ class Measurement:
         self.wall = time.perf_counter() - self._wall
         self.cpu = time.process_time() - self._cpu
         return self
+
+
+class Collector:
+    """CPU seconds of Python's garbage collector."""
+
+    def __init__(self) -> None:
+        self.cpu = 0.0
+
+    @contextmanager
+    def watched(self) -> Generator[None]:
+        """Count what it takes meanwhile."""
+
+        def note(phase: Literal["start", "stop"], _: dict[str, int]) -> None:
+            self.cpu += time.process_time() * (1 if phase == "stop" else -1)
+
+        gc.callbacks.append(note)
+        try:
+            yield
+        finally:
+            gc.callbacks.remove(note)
 
 
 class Count:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Final, cast
 import aio_pika
 
 from aioworkq import Producer, Queue, Worker
-from tests.benchmarks.clock import Count, Measurement
+from tests.benchmarks.clock import Collector, Count, Measurement
 from tests.benchmarks.job import PREFETCH, Job, Latencies, publish_stamped, say
 
 if TYPE_CHECKING:
@@ -156,14 +156,15 @@ async def ours_handlers(job: Job) -> Measurement:
     for name in job.queues:
         worker.handler(bench_queue(name))(handle)
 
-    start = Measurement()
-    async with worker:
-        start.stop()
-        say(wall=start.wall, cpu=start.cpu, resident_mb=resident_mb())
-        await done.wait()
-        stop = Measurement()
-    stop.stop()
-    say(wall=stop.wall, cpu=stop.cpu)
+    start, collector = Measurement(), Collector()
+    with collector.watched():
+        async with worker:
+            start.stop()
+            say(wall=start.wall, cpu=start.cpu, resident_mb=resident_mb())
+            await done.wait()
+            stop, before = Measurement(), collector.cpu
+        stop.stop()
+    say(wall=stop.wall, cpu=stop.cpu, collector_cpu=collector.cpu - before)
     return count.clock
 
 

@@ -96,6 +96,7 @@ async def many_handlers(name: str, job: Job) -> dict[str, float]:
         "start": 1000 * start["wall"],
         "start_cpu": 1000 * start["cpu"],
         "stop_cpu": 1000 * stop["cpu"],
+        "stop_collector": 1000 * stop.get("collector_cpu", 0.0),
         "resident_mb": start["resident_mb"],
     }
 
@@ -124,6 +125,7 @@ async def with_handlers(url: str, settings: Settings) -> Part:
         medians("idiom", "start_cpu"),
         medians("ours", "start"),
         medians("ours", "stop_cpu"),
+        medians("ours", "stop_collector"),
         medians("ours", "resident_mb"),
     )
     rows = [
@@ -139,6 +141,7 @@ async def with_handlers(url: str, settings: Settings) -> Part:
         "idiom",
         "start, ms ours",
         "stop, CPU ms ours",
+        "of it garbage collector",
         "resident MB ours",
     )
     lines = [
@@ -155,6 +158,14 @@ async def with_handlers(url: str, settings: Settings) -> Part:
             {
                 "CPU to start": medians("ours", "start_cpu"),
                 "CPU to stop": medians("ours", "stop_cpu"),
+                "CPU to stop, without the garbage collector": [
+                    cpu - collector
+                    for cpu, collector in zip(
+                        medians("ours", "stop_cpu"),
+                        medians("ours", "stop_collector"),
+                        strict=True,
+                    )
+                ],
                 "CPU per message": medians("ours", "cpu"),
             },
         ),
