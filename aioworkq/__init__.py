@@ -93,3 +93,8 @@ def __getattr__(name: str) -> Any:
     if name in _SELDOM_USED:
         return getattr(import_module(_SELDOM_USED[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Name these, too."""
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,17 @@ def test_all_is_what_is_public() -> None:
     assert set(names) == imported
     for name in names:
         assert getattr(aioworkq, name).__doc__
+    assert set(names) <= set(dir(aioworkq))
+
+
+def test_what_few_programs_need_is_imported_when_it_is_needed() -> None:
+    """Every program pays for an import."""
+    seldom = ("memory", "dead_letters", "testing", "amqp.documented")
+    program = f"""
+import sys, aioworkq
+early = [name for name in {seldom} if "aioworkq." + name in sys.modules]
+early += [name for name in ("hashlib", "anyio.to_thread") if name in sys.modules]
+assert not early, early
+assert aioworkq.DeadLetters is not None and "aioworkq.dead_letters" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
