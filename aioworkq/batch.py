@@ -178,20 +178,26 @@ class Batch(Generic[T]):
             message = self._message_of(body)
             deadline = self._loop.time() + self._timeout
             await self._make_way(message, deadline)
-            self._submit(self._position, message, deadline)
+            wire = self._outbox.connection.prepare(message)
         except (TypeError, ValueError, WorkQueueError) as exc:
             self._fail(exc)
         else:
-            self._position += 1
+            self._submit_next(message, wire, deadline)
 
     def _submit_body(self, body: T) -> None:
         try:
             message = self._message_of(body)
-            self._submit(self._position, message, self._loop.time() + self._timeout)
+            wire = self._outbox.connection.prepare(message)
         except (TypeError, ValueError) as exc:
             self._fail(exc)
         else:
-            self._position += 1
+            self._submit_next(message, wire, self._loop.time() + self._timeout)
+
+    def _submit_next(self, message: Message, wire: Any, deadline: float) -> None:
+        position = self._position
+        self._position += 1
+        self._bytes_under_way += len(message.body)
+        self._submit(position, message, wire, deadline, is_second=False)
 
     def _fail(self, error: Exception) -> None:
         """Note that the next message cannot be sent."""
@@ -202,26 +208,23 @@ class Batch(Generic[T]):
         self,
         position: int,
         message: Message,
+        wire: Any,
         deadline: float,
         *,
-        is_second: bool = False,
+        is_second: bool,
     ) -> None:
         """Hand one message to the outbox."""
-        outbox, size = self._outbox, len(message.body)
-        member = _Member(
-            outbox,
+        self._under_way[position] = member = _Member(
+            self._outbox,
             message,
-            outbox.connection.prepare(message),
+            wire,
             deadline,
-            size,
+            len(message.body),
             batch=self,
             position=position,
             is_second=is_second,
         )
-        self._under_way[position] = member
-        if not is_second:
-            self._bytes_under_way += size
-        outbox.submit(member)
+        self._outbox.submit(member)
 
     def done(self, member: _Member, error: WorkQueueError | None) -> None:
         """Take the outcome of a message, which may be published once more."""
@@ -276,7 +279,9 @@ class Batch(Generic[T]):
             except WorkQueueError as exc:
                 self._give_up(member, exc)
                 continue
-            self._submit(member.position, member.message, member.deadline, is_second=True)
+            message = member.message
+            wire = self._outbox.connection.prepare(message)
+            self._submit(member.position, message, wire, member.deadline, is_second=True)
 
     async def _make_way(self, message: Message, deadline: float) -> None:
         with self._outbox.expecting():
