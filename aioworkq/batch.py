@@ -201,7 +201,7 @@ class Batch(Generic[T]):
 
     def _fail(self, error: Exception) -> None:
         """Note that the next message cannot be sent."""
-        self._report.errors[self._position] = error.with_traceback(None)
+        self._report.errors[self._position] = _without_frames(error)
         self._position += 1
 
     def _submit(
@@ -237,8 +237,8 @@ class Batch(Generic[T]):
         else:
             self._give_up(member, error)
 
-    def _give_up(self, member: _Member, error: WorkQueueError) -> None:
-        self._report.errors[member.position] = error.with_traceback(None)
+    def _give_up(self, member: _Member, error: Exception) -> None:
+        self._report.errors[member.position] = _without_frames(error)
         self._leave(member)
 
     def _leave(self, member: _Member) -> None:
@@ -274,14 +274,14 @@ class Batch(Generic[T]):
         again, self._again = self._again, []
         self._producer.forget(self._queue)
         for member in again:
-            try:
-                await self._make_way(member.message, member.deadline)
-            except WorkQueueError as exc:
-                self._give_up(member, exc)
-                continue
             message = member.message
-            wire = self._outbox.connection.prepare(message)
-            self._submit(member.position, message, wire, member.deadline, is_second=True)
+            try:
+                await self._make_way(message, member.deadline)
+                wire = self._outbox.connection.prepare(message)
+            except Exception as exc:  # a defect, too: somebody waits for each of them
+                self._give_up(member, exc)
+            else:
+                self._submit(member.position, message, wire, member.deadline, is_second=True)
 
     async def _make_way(self, message: Message, deadline: float) -> None:
         with self._outbox.expecting():
@@ -306,3 +306,13 @@ class Batch(Generic[T]):
                 report.errors[first],
             )
         return report
+
+
+def _without_frames(error: Exception) -> Exception:
+    """Take the frames off an error and off what it came from, for they hold the body."""
+    chain: list[BaseException] = [error]
+    for link in chain:
+        link.__traceback__ = None
+        origins = (link.__cause__, link.__context__)
+        chain += [one for one in origins if one is not None and one not in chain]
+    return error

@@ -42,6 +42,8 @@ class Confirm(Enum):
     """It refused."""
     RETURNED = "returned"
     """No queue takes it: nothing is stored."""
+    UNSENDABLE = "unsendable"
+    """It cannot be put on this connection, and was not sent."""
 
 
 class Publication(Protocol):

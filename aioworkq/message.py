@@ -7,7 +7,7 @@ a delivery is decided in ``outcome.py``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from msgspec import Struct
 
@@ -73,9 +73,52 @@ _BROKER_HEADERS: Final = frozenset(
     },
 )
 
+_MAX_COUNT: Final = 2**31
+"""Nothing is counted further: what another client wrote must have room for more."""
 _MAX_EXCEPTION_MESSAGE: Final = 2_000
 _MAX_TRACEBACK: Final = 8_000
 _MAX_REASON: Final = 2_000
+
+
+class Garbled(str):
+    """Text of another client that is no UTF-8, with a mark in the place of what cannot be read.
+
+    It equals what came as the same bytes, and nothing else. A copy has these bytes again.
+
+    Attributes:
+        raw: The bytes, as they came.
+    """
+
+    __slots__ = ("raw",)
+
+    raw: bytes
+
+    def __new__(cls, raw: bytes) -> Self:
+        """Make it of bytes."""
+        text = super().__new__(cls, raw.decode("utf-8", "replace"))
+        text.raw = raw
+        return text
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Garbled) and self.raw == other.raw
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # that of str would go by the text
+
+    def __hash__(self) -> int:
+        return hash(self.raw)
+
+    def __reduce__(self) -> tuple[type[Garbled], tuple[bytes]]:
+        return Garbled, (self.raw,)
+
+
+def raw(text: str) -> bytes:
+    """Encode the value of a property as it came, or as UTF-8.
+
+    Raises:
+        UnicodeEncodeError: It is no Unicode text.
+    """
+    return text.raw if isinstance(text, Garbled) else text.encode()
 
 
 class Message(Struct, eq=False):
@@ -87,7 +130,8 @@ class Message(Struct, eq=False):
         exchange: Where it is published to; empty for the default exchange, which takes a queue's
             name as the routing key.
         routing_key: What the exchange routes by; the queue's name unless given.
-        headers: Values are str, int, float, bool, None, datetime, Decimal, lists and dicts of them.
+        headers: Values are str, int, float, bool, None, bytes, datetime, Decimal, and lists and
+            dicts of them.
         expiration: Seconds after which the broker may drop or dead-letter it; None for never.
         timestamp: When it was published, aware.
     """
@@ -206,7 +250,7 @@ def _count(headers: Mapping[str, Any], key: str) -> int:
     """Read a counter that anybody may have written: what is no count counts nothing."""
     value = headers.get(key)
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
+        return min(value, _MAX_COUNT)
     return 0
 
 

@@ -134,6 +134,7 @@ class Outbox:
         self._expected = 0
         self._sent = 0
         self._sent_bytes = 0
+        self._is_pumping = False
         self._abandoned = 0
         self._abandoned_bytes = 0
         self._suspects: set[Publication] = set()
@@ -247,13 +248,19 @@ class Outbox:
 
     def _pump(self, channel: PublishChannel) -> None:
         """Send what waits, as far as the window has room."""
-        waiting = self._waiting
-        while waiting:
-            publication = next(iter(waiting))
-            if not self._has_room(publication):
-                return
-            del waiting[publication]
-            self._send(channel, publication)
+        if self._is_pumping:  # something cannot be sent, and has heard so from within the loop
+            return
+        self._is_pumping = True
+        try:
+            waiting = self._waiting
+            while waiting:
+                publication = next(iter(waiting))
+                if not self._has_room(publication):
+                    return
+                del waiting[publication]
+                self._send(channel, publication)
+        finally:
+            self._is_pumping = False
 
     def _has_room(self, publication: Publication) -> bool:
         if not self._sent:

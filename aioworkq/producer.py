@@ -12,8 +12,7 @@ import logging
 import math
 import uuid
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
-
-import anyio
+from weakref import WeakValueDictionary
 
 from aioworkq.batch import Batch, PublishReport
 from aioworkq.codec import codec_for
@@ -101,7 +100,7 @@ class Producer:
         self._outbox: Outbox | None = None
         self._declared: set[str] = set()
         self._delays = DelayQueues(self._connection)
-        self._declaring = anyio.Lock()
+        self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._is_closed = False
         self._ids = uuid.uuid4().hex[:20]
         self._sequence = 0
@@ -201,7 +200,7 @@ class Producer:
             body: A value of the queue's body type.
             priority: 0 to 255, on a queue with ``max_priority``.
             expiration: Seconds after which an unhandled message expires; None for never.
-            headers: Values are str, int, float, bool, None, bytes, datetime, lists and dicts.
+            headers: Values are str, int, float, bool, None, bytes, datetime, Decimal, lists, dicts.
             message_id: At most 255 bytes; None to have one made. Publish again under the same id
                 what got an `OutcomeUnknownError`.
             correlation_id: At most 255 bytes.
@@ -265,10 +264,10 @@ class Producer:
     ) -> PublishReport:
         """Publish many messages, pipelined, and report what became of each.
 
-        The iterable is read as fast as RabbitMQ confirms: at most ``window`` messages are under
-        way, and 16 MiB of bodies, so memory does not grow with its length. A message that fails
-        does not stop the others. They are stored in the iterable's order, but for those that an
-        outage made it publish again.
+        The iterable is read as fast as RabbitMQ confirms: no further body is sent while ``window``
+        messages are under way, or 16 MiB of bodies (``max_message_size``, where that is more), so
+        memory does not grow with its length. A message that fails does not stop the others. They
+        are stored in the iterable's order, but for those that an outage made it publish again.
 
         Cancelling it is safe, and waits for nothing: what was sent is stored or not, what was not
         sent never will be.
@@ -282,7 +281,7 @@ class Producer:
             correlation_id: As for `publish`, for all of them.
             delay: As for `publish`, for all of them.
             at: As for `publish`, for all of them.
-            timeout: Seconds for each message, from when it is taken off the iterable.
+            timeout: Seconds for each message, from when there is room for it.
 
         Returns:
             The report; a message's error in it is one of those that `publish` raises.
@@ -291,6 +290,8 @@ class Producer:
             ConnectionLostError: No usable connection in time to declare the queue.
             TopologyError: The queue cannot be declared.
             StateError: The producer does not run, or is closed meanwhile.
+            TypeError: ``bodies`` is no iterable, or an argument of the queue cannot be encoded.
+            ValueError: An option makes no sense.
             Exception: What the iterable raises, once the messages before it have their outcome.
         """
         outbox = self._running()
@@ -347,8 +348,9 @@ class Producer:
             return
         reason = ""
         loop = asyncio.get_running_loop()
+        lock = self._declaring.setdefault(queue.name, asyncio.Lock())
         try:
-            async with asyncio.timeout_at(deadline), self._declaring:
+            async with asyncio.timeout_at(deadline), lock:
                 while True:
                     await self._connection.wait_connected()
                     left = max(_DECLARE_TIMEOUT, deadline - loop.time())

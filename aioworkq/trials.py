@@ -13,6 +13,7 @@ many reasons. A copy that comes back and has been started killed its process, an
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -20,6 +21,7 @@ import anyio
 
 from aioworkq.background import to_the_end
 from aioworkq.errors import TopologyError, WorkQueueError
+from aioworkq.message import raw
 from aioworkq.topology import QueueDeclaration
 
 if TYPE_CHECKING:
@@ -94,32 +96,37 @@ class Trials:
             message: What is tried; it stays when the others are given back.
             run: Called when the worker holds nothing else.
         """
-        async with self._turn:
-            self._is_over.clear()
-            patience: asyncio.Task[None] | None = None
-            try:
-                await to_the_end(self._pause(message))
-                with anyio.move_on_after(_LONGEST):
-                    for member in self._members:
-                        await member.wait_idle()
-                patience = asyncio.get_running_loop().create_task(self._lose_patience())
-                await run()
-            finally:
-                if patience is not None:
-                    patience.cancel()
-                await to_the_end(self._end())
+        await self._turn.acquire()
+        self._is_over.clear()
+        loop = asyncio.get_running_loop()
+        patience: asyncio.TimerHandle | None = None
+
+        @functools.cache  # it ends once, and is not cancelled half-way: others would stay paused
+        def end() -> asyncio.Task[None]:
+            return loop.create_task(self._end())
+
+        try:
+            await to_the_end(self._pause(message))
+            with anyio.move_on_after(_LONGEST):
+                for member in self._members:
+                    await member.wait_idle()
+            patience = loop.call_later(_LONGEST, end)
+            await run()
+        finally:
+            if patience is not None:
+                patience.cancel()
+            await to_the_end(end())
 
     async def _pause(self, message: Unsettled) -> None:
         await asyncio.gather(*(member.pause(keep=message) for member in self._members))
 
-    async def _lose_patience(self) -> None:
-        await asyncio.sleep(_LONGEST)
-        await self._end()
-
     async def _end(self) -> None:
-        if self.is_on:
-            self._is_over.set()
+        """Let the others go on, and the next trial begin; what was tried may run still."""
+        self._is_over.set()
+        try:
             await asyncio.gather(*(member.resume() for member in self._members))
+        finally:
+            self._turn.release()
 
     # Marks
 
@@ -158,5 +165,5 @@ def _mark(message: Message) -> str:
     """Return the name of the queue that marks a message: the same for all its redeliveries."""
     import hashlib  # noqa: PLC0415 - takes a millisecond to load, and is seldom needed
 
-    key = message.message_id.encode() or message.body
+    key = raw(message.message_id) or message.body
     return f"{_PREFIX}.{hashlib.sha256(message.queue.encode() + b'.' + key).hexdigest()[:32]}"

@@ -89,6 +89,17 @@ class Broker:
         )
         assert isinstance(confirm, Basic.Ack)
 
+    async def publish_raw(self, queue: str, body: bytes, properties: bytes) -> None:
+        """Publish with these flags and values of properties, whatever they say."""
+
+        class Raw(Basic.Properties):
+            def marshal(self) -> bytes:
+                return properties
+
+        channel = await self._open()
+        confirm = await channel.basic_publish(body, routing_key=queue, properties=Raw())
+        assert isinstance(confirm, Basic.Ack)
+
     async def exists(self, queue: str) -> bool:
         try:
             await (await self._open()).queue_declare(queue, passive=True)

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
-from aioworkq import NotConfirmedError, Producer, Queue, StateError, TopologyError, UnroutableError
+from aioworkq import (
+    MemoryBroker,
+    NotConfirmedError,
+    Producer,
+    Queue,
+    StateError,
+    TopologyError,
+    UnroutableError,
+)
 from aioworkq.batch import PublishReport
 from tests.consuming import Broker, eventually
 from tests.publishing import is_cut_off, no_complaints
@@ -50,6 +61,50 @@ async def test_every_iterable_is_stored_in_its_order(
     assert (report.confirmed, report.failed, len(report)) == (1200, 0, 1200)
     stored = [message.body for message in await broker.take_all(queue.name)]
     assert stored == list(numbers(1200))
+
+
+async def test_a_report_keeps_no_bodies() -> None:
+    """The errors of what could not be encoded tell of it, and do not hold it."""
+
+    class Item(msgspec.Struct, weakref=True):
+        cannot: object
+
+    items: list[weakref.ref[Item]] = []
+
+    def bodies() -> Iterator[Item]:
+        for _ in range(5):
+            item = Item(object())
+            items.append(weakref.ref(item))
+            yield item
+
+    async with Producer(MemoryBroker()) as producer:
+        report = await producer.publish_many(Queue("q", Item), bodies())
+    gc.collect()
+    assert report.failed == 5
+    assert "cannot be encoded" in str(report[0])
+    assert [one() for one in items] == [None] * 5
+
+
+async def test_what_cannot_be_declared_again_is_told(
+    url: str, broker: Broker, queue_name: str
+) -> None:
+    """The queue existed, is deleted meanwhile, and has arguments that cannot be sent."""
+    queue = Queue(queue_name, bytes, type="classic", arguments={"x": object()})
+    for name in (queue.name, queue.dead_letter_queue):
+        await broker.declare(name)
+
+    async def bodies() -> AsyncIterator[bytes]:
+        for number in range(100):
+            if number == 50:
+                await broker.delete(queue.name)
+            yield b"%d" % number
+
+    async with Producer(url) as producer, asyncio.timeout(30):
+        await producer.publish(queue, b"before")
+        report = await producer.publish_many(queue, bodies())
+    assert len(report) == 100
+    assert report.confirmed <= 50
+    assert {type(error) for error in report.errors.values()} == {TypeError}
 
 
 async def test_nothing_to_publish_is_nothing(producer: Producer, queue: Queue[bytes]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
@@ -19,10 +19,14 @@ from aioworkq import (
     Producer,
     Queue,
     Reject,
+    RetryPolicy,
     StateError,
     Worker,
 )
-from aioworkq.message import ATTEMPTS, COPIES, OUR_HEADERS
+from aioworkq.message import ATTEMPTS, COPIES, OUR_HEADERS, raw
+
+if TYPE_CHECKING:
+    from tests.consuming import Broker
 
 pytestmark = pytest.mark.anyio
 
@@ -67,6 +71,40 @@ async def test_a_look_leaves_everything_where_it_is(url: str, queue_name: str) -
     assert sorted(one.message.message_id for one in again) == sorted(
         one.message.message_id for one in first
     )
+
+
+@pytest.mark.fast_path("pamqp cannot decode the property")
+async def test_a_property_that_is_no_text_is_in_nobodys_way(
+    url: str, queue_name: str, broker: Broker
+) -> None:
+    """It can be looked at, and every copy has it as it was: replayed, retried, given up."""
+    queue = Queue(queue_name, bytes, type="classic")
+    binary = bytes(range(0x80, 0x100))
+    for name in (queue.name, queue.dead_letter_queue):
+        await broker.declare(name)
+    correlation_id = bytes((len(binary),)) + binary
+    await broker.publish_raw(queue.dead_letter_queue, b"x", b"\x14\x00\x02" + correlation_id)
+    worker, seen = Worker(url), list[str | None]()
+
+    @worker.handler(queue, retry=RetryPolicy(attempts=2, first=0.1))
+    async def handle(body: bytes, delivery: Delivery) -> None:
+        seen.append(delivery.correlation_id)
+        raise ValueError("never")
+
+    async with DeadLetters(url, queue) as dead:
+        with anyio.fail_after(30):
+            while not await dead.peek():
+                await anyio.sleep(0.01)
+        assert await dead.replay() == 1
+        async with worker:
+            with anyio.fail_after(30):
+                while worker.statistics().dead_lettered < 1:
+                    await anyio.sleep(0.01)
+        (given_up,) = await dead.peek()
+        assert await dead.purge() == 1
+    ids = [*seen, given_up.message.correlation_id]
+    assert [one and raw(one) for one in ids] == [binary] * 3
+    assert str(ids[0]) == "\ufffd" * len(binary)
 
 
 async def test_a_dead_letter_tells_its_story(url: str, queue_name: str) -> None:

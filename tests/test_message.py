@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,9 +21,12 @@ from aioworkq.message import (
     TRACEBACK,
     Delivery,
     Failure,
+    Garbled,
     Message,
     dead_letter_headers,
     is_counted_by_broker,
+    own_attempts,
+    raw,
     returns,
     strip_broker_headers,
     used_attempts,
@@ -193,3 +197,25 @@ def test_a_delivery_shows_its_message() -> None:
     assert repr(delivery) == "<Delivery of m from 'q', attempt 2, lost>"
     nameless = Delivery(Message(b"", "q"), queue="q", attempt=1, redelivered=False)
     assert "a message without id" in repr(nameless)
+
+
+def test_what_others_wrote_into_our_counters_leaves_room_for_more() -> None:
+    """A copy of their message can be encoded, and its attempts are used up."""
+    headers = {COPIES: 2**63 - 1, ATTEMPTS: 2**63 - 1}
+    copy = Message(b"", "q", headers=headers).copy_to("q", {})
+    assert own_attempts(headers) == 2**31
+    encode(copy, frame_max=4096, max_message_size=1)
+
+
+@pytest.mark.parametrize("raw_text", [b"\xff\xfe", b"abc\x80", b"\xed\xa0\x80"])
+def test_garbled_text_is_what_its_bytes_are(raw_text: bytes) -> None:
+    """It can be shown, hashed, pickled; it equals only what came as the same bytes."""
+    garbled = Garbled(raw_text)
+    assert "\ufffd" in str(garbled)
+    assert str(garbled).encode()
+    assert garbled == Garbled(raw_text)
+    assert garbled != str(garbled)
+    assert garbled != Garbled(raw_text + b"\xff")
+    assert {garbled: 1}[Garbled(raw_text)] == 1
+    assert raw(pickle.loads(pickle.dumps(garbled))) == raw_text  # noqa: S301 - our own
+    assert raw("ü") == b"\xc3\xbc"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from aioworkq.amqp import AmqpConnection
+from aioworkq.amqp.wire import encode
 from aioworkq.errors import (
     AccessRefusedError,
     ConnectionLostError,
@@ -74,10 +75,11 @@ class Line:
         await self.connection.declare([QueueDeclaration(self.queue, {})], timeout=20)
         await eventually(lambda: self.outbox._channel is not None)
 
-    def submit(self, *, timeout: float = 20.0, size: int = 1) -> Publication:
+    def submit(self, *, timeout: float = 20.0, size: int = 1, header: int = 0) -> Publication:
         number = next(self._numbers)
         message = Message(b"x" * size, self.queue, message_id=f"{self.queue}: {number}")
-        wire = self.connection.prepare(message)
+        message.headers["h"] = "x" * header
+        wire = encode(message, frame_max=2**20, max_message_size=2**24)
         deadline = asyncio.get_running_loop().time() + timeout
         numbered = Numbered(
             self.outbox, message, wire, deadline, size, number=number, errors=self.errors
@@ -122,6 +124,23 @@ async def test_the_bytes_of_the_window_are_bounded(line: Line, proxy: Proxy) -> 
     assert await line.outbox.flush(timeout=20)
     assert list(line.errors) == [0, 1, 2, 3, 4]
     assert set(line.errors.values()) == {None}
+
+
+async def test_hundreds_that_cannot_be_sent_harm_nobody(line: Line, proxy: Proxy) -> None:
+    """They were encoded for larger frames. Each is refused, and what waits behind them is sent."""
+    proxy.stall(to_broker=False)
+    for _ in range(10):
+        line.submit()
+    for _ in range(400):
+        line.submit(header=140_000)
+    line.submit()
+    proxy.flow()
+    assert await line.outbox.flush(timeout=20)
+    errors = [line.errors[number] for number in range(411)]
+    assert [errors[number] for number in (*range(10), 410)] == [None] * 11
+    assert {type(error) for error in errors[10:410]} == {NotConfirmedError}
+    assert "one header frame" in str(errors[10])
+    assert line.outbox.in_flight == 0
 
 
 async def test_what_is_taken_back_before_it_is_sent_never_is(

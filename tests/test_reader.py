@@ -19,6 +19,7 @@ from pamqp.heartbeat import Heartbeat
 
 from aioworkq.amqp.decode import delivery_of, message_of, return_of, route_of
 from aioworkq.amqp.reader import Content, FrameReader, Tap
+from aioworkq.message import Garbled
 
 if TYPE_CHECKING:
     from pamqp.base import Frame
@@ -258,7 +259,8 @@ def test_what_other_clients_write_ends_no_connection(
     value: object,
 ) -> None:
     """Text that is no UTF-8, a time that never comes, headers of an unknown type, too few bytes."""
-    assert getattr(header(properties), name) == value
+    found = getattr(header(properties), name)
+    assert (str(found) if isinstance(found, Garbled) else found) == value
 
 
 def test_a_timestamp_in_milliseconds_is_understood() -> None:

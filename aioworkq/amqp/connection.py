@@ -248,7 +248,6 @@ class AmqpConnection:
     def _set_lost(self, reason: str) -> None:
         if self._current is not None:
             self._current = None
-            self._frame_max = DEFAULT_FRAME_MAX
             self._last_error = reason or self._last_error
             self._changes.notify()
 
@@ -479,7 +478,7 @@ class AmqpConnection:
         """Open a channel to take single messages; see the protocol."""
         what = f"reading queue {queue!r}"
         channel = await self._open_channel(what, confirms=False, frame_buffer=64, timeout=timeout)
-        return AmqpGetter(channel, queue)
+        return AmqpGetter(channel, queue, link=self._link_for(channel))
 
     async def subscribe(
         self,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pamqp import decode
 
-from aioworkq.message import Message
+from aioworkq.message import Garbled, Message
 
 if TYPE_CHECKING:
     from pamqp.commands import Basic
@@ -37,6 +37,12 @@ def delivery_of(arguments: bytes) -> tuple[int, bool, bytes]:
     return tag, bool(bits & 1), arguments[start + 9 :]
 
 
+def got_of(arguments: bytes) -> tuple[int, bool, bytes]:
+    """Return the same of a basic.get-ok."""
+    tag, bits = _tag(arguments, 0)
+    return tag, bool(bits & 1), arguments[9:]
+
+
 def return_of(arguments: bytes) -> str:
     """Return the code and the text of a basic.return."""
     return f"{_short(arguments)[0]} {_shortstr(arguments, 2)[0]}"
@@ -50,8 +56,10 @@ def route_of(route: bytes) -> tuple[str, str]:
 
 def _shortstr(data: bytes, start: int) -> tuple[str, int]:
     end = start + 1 + data[start]
-    # Other clients may write what is no UTF-8; that must not end the connection.
-    return data[start + 1 : end].decode("utf-8", "replace"), end
+    try:
+        return data[start + 1 : end].decode(), end
+    except UnicodeDecodeError:  # other clients may write that; it must not end the connection
+        return Garbled(data[start + 1 : end]), end
 
 
 def message_of(

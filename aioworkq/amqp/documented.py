@@ -97,7 +97,7 @@ class DocumentedPublishChannel(AmqpPublishChannel):
         try:
             answer, reason = await self._publish(publication)
         except (ValueError, TypeError) as exc:
-            answer, reason = Confirm.NACK, str(exc)
+            answer, reason = Confirm.UNSENDABLE, str(exc)
         except Exception:
             return  # the channel is lost: that tells of all
         if self._unconfirmed.pop(queue.popleft(), None) is not publication:

@@ -1,37 +1,82 @@
-"""Messages taken one by one: basic.get on a channel of its own."""
+"""Messages taken one by one: basic.get on a channel of its own.
+
+The answers are read by ourselves: pamqp cannot decode every property that another client may have
+written, and the connection would end with it.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 from aiormq import exceptions as aiormq_errors
 
-from aioworkq.amqp.decode import message_from
+from aioworkq.amqp.decode import got_of, message_from, message_of, route_of
 from aioworkq.amqp.publish_channel import close_bounded
+from aioworkq.amqp.reader import Content, Tap
 from aioworkq.amqp.translate import describe, guarded, refusal
+from aioworkq.amqp.wire import get_frame
 from aioworkq.broker import Incoming
 from aioworkq.errors import ConnectionLostError
 
 if TYPE_CHECKING:
     from aiormq.abc import AbstractChannel
 
+    from aioworkq.amqp.transport import Link
+
 _TAKING: Final = "taking a message"
 
 
 class AmqpGetter:
-    """The `aioworkq.broker.Getter` of RabbitMQ."""
+    """The `aioworkq.broker.Getter` of RabbitMQ.
 
-    def __init__(self, channel: AbstractChannel, queue: str) -> None:
+    Args:
+        channel: A channel of its own.
+        queue: The queue.
+        link: Where it reads and writes; None for documented calls of aiormq alone.
+    """
+
+    def __init__(self, channel: AbstractChannel, queue: str, *, link: Link | None) -> None:
         self._channel = channel
         self._queue = queue
+        self._link = link
+        self._answer: asyncio.Future[Content | None] | None = None
+        if link is not None:
+            link.reader.tap(channel.number, Tap(on_get=self._on_get))
+
+    def _on_get(self, content: Content | None) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(content)
 
     async def get(self, *, timeout: float) -> Incoming | None:
         """Take the next message; see the protocol."""
-        call = self._channel.basic_get(self._queue)
+        call = self._get_documented() if self._link is None else self._get(self._link)
         try:
-            got = await guarded(call, self._channel, timeout=timeout, what=_TAKING)
+            return await guarded(call, self._channel, timeout=timeout, what=_TAKING)
         except aiormq_errors.ChannelClosed as exc:
             raise refusal(exc, self._queue, what=_TAKING) from exc
+
+    async def _get(self, link: Link) -> Incoming | None:
+        if self._channel.is_closed:
+            raise ConnectionLostError(_TAKING, reason="the channel is closed")
+        self._answer = asyncio.get_running_loop().create_future()
+        link.write(get_frame(self._channel.number, self._queue))
+        content = await self._answer
+        if content is None:
+            return None
+        tag, redelivered, route = got_of(content.method)
+        exchange, routing_key = route_of(route)
+        message = message_of(
+            content.properties,
+            content.body,
+            queue=self._queue,
+            exchange=exchange,
+            routing_key=routing_key,
+        )
+        return Incoming(message, tag, redelivered)
+
+    async def _get_documented(self) -> Incoming | None:
+        got = await self._channel.basic_get(self._queue)
         if got.delivery_tag is None:
             return None
         message = message_from(

@@ -35,8 +35,8 @@ _log = logging.getLogger("aioworkq")
 
 _NUMBER_HEADER: Final = "x-aioworkq-publish-number"
 _PIECE: Final = 128 * 6
-"""So many parts of frames, those of 128 messages, do not wait for the end of a step: RabbitMQ works
-on them meanwhile."""
+"""So many parts of frames, those of 128 small messages, do not wait for the end of a step: RabbitMQ
+works on them meanwhile."""
 NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
@@ -80,7 +80,7 @@ class AmqpPublishChannel:
                 wire = self._with_number(publication, number)
             frames = wire.frames(self._channel.number, self._frame_max)
         except (ValueError, TypeError) as exc:
-            publication.settle(Confirm.NACK, str(exc))
+            publication.settle(Confirm.UNSENDABLE, str(exc))
             return
         self._number = number
         self._unconfirmed[number] = publication

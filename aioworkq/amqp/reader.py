@@ -39,6 +39,8 @@ _ENDLESS: Final = b"\x03\x00\x00\x00\x00\x00\x01x"
 
 _DELIVER: Final = struct.pack(">HH", 60, 60)
 _RETURN: Final = struct.pack(">HH", 60, 50)
+_GET_OK: Final = struct.pack(">HH", 60, 71)
+_GET_EMPTY: Final = struct.pack(">HH", 60, 72)
 _ACK: Final = struct.pack(">HH", 60, 80)
 _NACK: Final = struct.pack(">HH", 60, 120)
 _CONFIRMS: Final = frozenset({_ACK, _NACK})
@@ -72,6 +74,8 @@ class Tap:
     Args:
         on_delivery: Called with each complete delivery; None leaves them to aiormq.
         on_return: Called with each complete return; None leaves them to aiormq.
+        on_get: Called with each complete answer to a basic.get, with None for an empty queue; None
+            leaves them to aiormq.
         on_confirm: Called with the number in each confirm, whether it is meant for all up to it,
             and whether it is positive; None leaves them to aiormq.
 
@@ -86,9 +90,11 @@ class Tap:
         *,
         on_delivery: Callable[[Content], None] | None = None,
         on_return: Callable[[Content], None] | None = None,
+        on_get: Callable[[Content | None], None] | None = None,
         on_confirm: Callable[[int, bool, bool], None] | None = None,
     ) -> None:
-        self._on_content = {_DELIVER: on_delivery, _RETURN: on_return}
+        self._on_content = {_DELIVER: on_delivery, _RETURN: on_return, _GET_OK: on_get}
+        self._on_get = on_get
         self._on_confirm = on_confirm
         self._complete: Callable[[Content], None] | None = None
         self._method = self._properties = b""
@@ -142,6 +148,9 @@ class Tap:
         if self._on_confirm is not None and method in _CONFIRMS:
             number, bits = _confirm(data, start)
             self._on_confirm(number, bool(bits & 1), method == _ACK)
+            return True
+        if method == _GET_EMPTY and self._on_get is not None:
+            self._on_get(None)
             return True
         self.has_close |= method == _CLOSE
         self.has_ended |= method in _ENDS

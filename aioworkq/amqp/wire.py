@@ -11,9 +11,12 @@ from __future__ import annotations
 import functools
 import struct
 from datetime import datetime
+from decimal import Context, Decimal
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec import Struct
+
+from aioworkq.message import raw
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,7 +30,6 @@ _FRAME_OVERHEAD: Final = 8
 _FRAME_END: Final = b"\xce"
 _METHOD, _HEADER, _BODY = 1, 2, 3
 _MAX_SHORTSTR: Final = 255
-_MAX_FIELD_NAME: Final = 128
 _MAX_EXPIRATION_MS: Final = 2**32 - 1
 _MAX_OCTET: Final = 255
 
@@ -35,6 +37,7 @@ _frame_head: Final = struct.Struct(">BHI").pack
 _end_and_head: Final = struct.Struct(">BBHI").pack
 _header_head: Final = struct.Struct(">HHQH").pack
 _long: Final = struct.Struct(">I").pack
+_signed: Final = struct.Struct(">i").pack
 _longlong: Final = struct.Struct(">Q").pack
 _double: Final = struct.Struct(">d").pack
 _settle: Final = struct.Struct(">BHIHHQBB").pack
@@ -43,6 +46,8 @@ _BASIC: Final = 60
 _OCTETS: Final = tuple(bytes((number,)) for number in range(256))
 _PUBLISH_HEAD: Final = struct.pack(">HHH", _BASIC, 40, 0)
 _MANDATORY: Final = b"\x01"
+_GET_HEAD: Final = struct.pack(">HHH", _BASIC, 70, 0)
+_ACK_EXPECTED: Final = b"\x00"
 _ACK, _REJECT, _NACK = 80, 90, 120
 _REQUEUE_OF_REJECT: Final = 1
 _REQUEUE_OF_NACK: Final = 2
@@ -185,13 +190,13 @@ def expiration_ms(expiration: float) -> str:
 
 def _shortstr(what: str, text: str) -> bytes:
     try:
-        raw = text.encode()  # as `_utf8` does, without a call for each message
+        encoded = text.encode() if type(text) is str else raw(text)
     except UnicodeEncodeError as exc:
         raise _not_unicode(what) from exc
-    size = len(raw)
+    size = len(encoded)
     if size > _MAX_SHORTSTR:
         raise ValueError(f"the {what} has {size} bytes: AMQP allows at most 255.")
-    return _OCTETS[size] + raw
+    return _OCTETS[size] + encoded
 
 
 @functools.lru_cache(maxsize=256)
@@ -215,10 +220,11 @@ def _table(table: dict[str, Any]) -> bytes:
 def _field_name(name: Any) -> bytes:
     if not isinstance(name, str):
         raise TypeError(f"a header's name is a str, not {type(name).__name__}.")
-    raw = _utf8(f"header name {name[:40]!r}", name)
-    if len(raw) > _MAX_FIELD_NAME:
-        raise ValueError(f"header name {name[:40]!r}… has {len(raw)} bytes: AMQP allows 128.")
-    return bytes((len(raw),)) + raw
+    encoded = _utf8(f"header name {name[:40]!r}", name)
+    size = len(encoded)
+    if size > _MAX_SHORTSTR:
+        raise ValueError(f"header name {name[:40]!r}… has {size} bytes: RabbitMQ takes 255.")
+    return _OCTETS[size] + encoded
 
 
 def _field(name: str, value: Any) -> bytes:
@@ -232,8 +238,10 @@ def _field(name: str, value: Any) -> bytes:
         case float():
             return b"d" + _double(value)
         case str():
-            raw = _utf8(f"header {name!r}", value)
-            return b"S" + _long(len(raw)) + raw
+            text = _utf8(f"header {name!r}", value)
+            return b"S" + _long(len(text)) + text
+        case Decimal():
+            return b"D" + _decimal(name, value)
         case bytes() | bytearray():
             return b"x" + _long(len(value)) + value
         case datetime():
@@ -246,8 +254,19 @@ def _field(name: str, value: Any) -> bytes:
         case _:
             raise TypeError(
                 f"header {name!r} is {value!r:.60}: AMQP takes str, int of 64 bits, float, bool, "
-                "None, bytes, datetime, and lists and dicts of them.",
+                "None, bytes, datetime, Decimal, and lists and dicts of them.",
             )
+
+
+def _decimal(name: str, value: Decimal) -> bytes:
+    """Return the number of decimal places in one byte, and the digits as a number in four."""
+    exponent = value.as_tuple().exponent
+    if isinstance(exponent, int) and abs(exponent) <= _MAX_OCTET:  # a number, neither NaN nor ∞
+        places = max(0, -exponent)
+        number = int(value.scaleb(places, Context(prec=_MAX_OCTET)))
+        if -(2**31) <= number < 2**31:
+            return _OCTETS[places] + _signed(number)
+    raise ValueError(f"header {name!r} is {value}: AMQP takes a Decimal of 32 bits.")
 
 
 def _utf8(what: str, text: str) -> bytes:
@@ -264,6 +283,16 @@ def _not_unicode(what: str) -> ValueError:
 def ack_frame(channel: int, tag: int, *, multiple: bool) -> bytes:
     """Return a basic.ack."""
     return _settle(_METHOD, channel, 13, _BASIC, _ACK, tag, multiple, 0xCE)
+
+
+def get_frame(channel: int, queue: str) -> bytes:
+    """Return a basic.get, whose message has to be acked.
+
+    Raises:
+        ValueError: The name is too long.
+    """
+    method = b"".join((_GET_HEAD, _shortstr("queue's name", queue), _ACK_EXPECTED))
+    return b"".join((_frame_head(_METHOD, channel, len(method)), method, _FRAME_END))
 
 
 def requeue_frame(channel: int, tag: int, *, counts: bool) -> bytes:

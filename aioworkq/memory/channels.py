@@ -98,6 +98,8 @@ class MemorySubscription(MemoryChannel):
         self._on_delivery = on_delivery
         self._outstanding: set[int] = set()
         """What the client has and did not settle."""
+        self._earlier: set[int] = set()
+        """What was handed over before it last asked for deliveries: a prefetch is a consumer's."""
 
     # The broker's side
 
@@ -107,7 +109,9 @@ class MemorySubscription(MemoryChannel):
 
     def has_room(self) -> bool:
         """Whether the prefetch allows one more."""
-        return not self._prefetch_count or len(self._unacked) < self._prefetch_count
+        self._earlier.intersection_update(self._unacked)
+        held = len(self._unacked) - len(self._earlier)
+        return not self._prefetch_count or held < self._prefetch_count
 
     def take(self, queue: MemoryQueue, stored: Stored) -> None:
         """Take one message for the client."""
@@ -187,6 +191,7 @@ class MemorySubscription(MemoryChannel):
 
         def serve() -> None:
             self._prefetch_count = prefetch_count
+            self._earlier = set(self._unacked)
             self.consume()
 
         try:

@@ -288,6 +288,26 @@ async def test_a_cancelled_consumer_goes_on(subject: Subject, arguments: dict[st
 
 
 @BOTH
+async def test_a_prefetch_is_a_consumers(subject: Subject, arguments: dict[str, Any]) -> None:
+    """What came before a cancel takes no room of what is asked for afterwards."""
+    async with subject.connect() as connection:
+        await start(connection, arguments, b"0")
+        consumer = await subject.consume(connection, "q", prefetch_count=1)
+        await consumer.wait(1)
+        subscription = consumer.settled()
+        await subscription.cancel(timeout=5)
+        await subscription.resume(prefetch_count=1, timeout=5)
+        await (await publisher(connection)).publish_bodies("q", b"1", b"2")
+        await consumer.wait(2)
+        await subject.wait_ready(connection, "q", 1)
+        assert subscription.ack(1)
+        await subject.wait_ready(connection, "q", 1)
+        assert subscription.ack(2)
+        await consumer.wait(3)
+        assert consumer.bodies == [b"0", b"1", b"2"]
+
+
+@BOTH
 async def test_a_queue_can_be_deleted(subject: Subject, arguments: dict[str, Any]) -> None:
     """What is in it goes with it; to delete what is not there is no error."""
     async with subject.connect() as connection:

@@ -1,0 +1,141 @@
+"""Trials: one message alone, and what becomes of the others when that takes long."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from aioworkq import MemoryBroker, Producer, Worker, trials
+from aioworkq.message import TRIAL
+from aioworkq.trials import Trials
+from tests.consuming import eventually
+
+if TYPE_CHECKING:
+    from aioworkq.settle import Unsettled
+
+MESSAGE = cast("Unsettled", None)
+"""Only handed on to the members."""
+
+
+class Member:
+    """A consumer that notes whether it takes deliveries; each of its calls takes a few steps."""
+
+    def __init__(self) -> None:
+        self.is_paused = False
+        self.calls = list[str]()
+
+    async def pause(self, *, keep: Unsettled) -> None:
+        await self._steps()
+        self.is_paused = True
+        self.calls.append("pause")
+
+    async def resume(self) -> None:
+        await self._steps()
+        self.is_paused = False
+        self.calls.append("resume")
+
+    async def wait_idle(self) -> None:
+        await self._steps()
+
+    async def _steps(self) -> None:
+        for _ in range(4):
+            await asyncio.sleep(0)
+
+
+@pytest.fixture
+def members() -> list[Member]:
+    return [Member(), Member()]
+
+
+@pytest.fixture
+def some_trials(members: list[Member], monkeypatch: pytest.MonkeyPatch) -> Trials:
+    monkeypatch.setattr(trials, "_LONGEST", 0.05)
+    some = Trials(cast("Any", None), timeout=5)
+    for member in members:
+        some.join(member)
+    return some
+
+
+@pytest.mark.parametrize("steps", range(15))
+async def test_a_trial_that_ends_when_patience_does(
+    some_trials: Trials, members: list[Member], steps: int
+) -> None:
+    """Whichever step it ends in, all others go on, once, and are not cancelled on their way."""
+
+    async def run() -> None:
+        while some_trials.is_on:
+            await asyncio.sleep(0)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+
+    await some_trials.run_alone(MESSAGE, run)
+    assert [member.calls for member in members] == [["pause", "resume"]] * 2
+    assert not some_trials.is_on
+
+
+async def test_a_trial_that_is_cancelled_lets_the_others_go_on(
+    some_trials: Trials, members: list[Member]
+) -> None:
+    """In each of its steps."""
+
+    async def run() -> None:
+        await asyncio.Event().wait()
+
+    for steps in range(25):
+        task = asyncio.create_task(some_trials.run_alone(MESSAGE, run))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not any(member.is_paused for member in members)
+        assert not some_trials.is_on
+
+
+async def test_the_next_trial_waits_no_longer_than_the_others(
+    some_trials: Trials, members: list[Member]
+) -> None:
+    """One that runs on, though nobody waits for it any more, holds up no other one."""
+    may_end, begun = asyncio.Event(), asyncio.Event()
+
+    async def long() -> None:
+        begun.set()
+        await may_end.wait()
+
+    async def short() -> None:
+        assert all(member.is_paused for member in members)
+
+    first = asyncio.create_task(some_trials.run_alone(MESSAGE, long))
+    await begun.wait()
+    async with asyncio.timeout(10):
+        await some_trials.run_alone(MESSAGE, short)
+    assert not first.done()
+    may_end.set()
+    await first
+    assert [member.calls for member in members] == [["pause", "resume"] * 2] * 2
+
+
+async def test_two_suspects_in_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first runs on; the second has its trial, and then what came after them is handled."""
+    monkeypatch.setattr(trials, "_LONGEST", 0.05)
+    broker = MemoryBroker()
+    worker, handled, may_end = Worker(broker), list[str](), asyncio.Event()
+
+    @worker.handler("q", concurrency=10)
+    async def handle(body: str) -> None:
+        handled.append(body)
+        if body == "long":
+            await may_end.wait()
+
+    async with Producer(broker) as producer:
+        for body in ("long", "short"):
+            await producer.publish("q", body, headers={TRIAL: True})
+        async with worker:
+            await eventually(lambda: handled)
+            for number in range(3):
+                await producer.publish("q", f"later {number}")
+            await eventually(lambda: len(handled) == 5)
+            may_end.set()
+    assert handled[:2] == ["long", "short"]
