@@ -236,6 +236,8 @@ def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> 
 def _encode_foreign(value: Any) -> Any:
     if _is_pydantic_model(type(value)):
         return value.model_dump(mode="json")
+    if isinstance(value, str):  # of a class of its own, which msgspec does not take
+        return str(value)
     raise TypeError(f"{_name(type(value))} has no JSON")
 
 

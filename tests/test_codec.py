@@ -13,6 +13,7 @@ import pytest
 
 from aioworkq.codec import BYTES, JSON, TEXT, codec_for
 from aioworkq.errors import DecodeError
+from aioworkq.message import Garbled
 
 
 @dataclasses.dataclass
@@ -145,6 +146,18 @@ def test_a_body_that_contains_itself_is_refused() -> None:
     ring.append(ring)
     with pytest.raises((ValueError, TypeError)):
         codec_for(Any).encode(ring)
+
+
+def test_text_of_another_class_is_text() -> None:
+    """A value that a handler read off a delivery can be published again."""
+
+    class Text(str):
+        __slots__ = ()
+
+    for text in (Text("a"), Garbled(b"a\xff")):
+        assert codec_for(dict).decode(codec_for(dict).encode({"t": text}).body, JSON) == {
+            "t": str(text)
+        }
 
 
 def test_text_that_is_no_unicode_is_refused() -> None:
