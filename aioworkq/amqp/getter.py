@@ -40,9 +40,10 @@ class AmqpGetter:
         self._channel = channel
         self._queue = queue
         self._link = link
+        self._tap = Tap(on_get=self._on_get)
         self._answer: asyncio.Future[Content | None] | None = None
         if link is not None:
-            link.reader.tap(channel.number, Tap(on_get=self._on_get))
+            link.reader.tap(channel.number, self._tap)
 
     def _on_get(self, content: Content | None) -> None:
         if self._answer is not None and not self._answer.done():
@@ -57,7 +58,7 @@ class AmqpGetter:
             raise refusal(exc, self._queue, what=_TAKING) from exc
 
     async def _get(self, link: Link) -> Incoming | None:
-        if self._channel.is_closed:
+        if self._channel.is_closed or self._tap.has_close:
             raise ConnectionLostError(_TAKING, reason="the channel is closed")
         self._answer = asyncio.get_running_loop().create_future()
         link.write(get_frame(self._channel.number, self._queue))
