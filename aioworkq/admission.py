@@ -122,15 +122,16 @@ class Admission:
             if await self._trials.is_marked(message):
                 run.used += 1
                 return DeadLetter(CRASHED)
+            run.is_marked = True  # and unmarked again, should it not be known whether it was
             await self._trials.mark(message)
         except TopologyError as exc:  # never: what RabbitMQ charges is all there is to go by
             _log.warning("The trial of %r cannot be marked: %s", run.delivery, exc)
             if run.delivery.redelivered:
                 run.used += 1
                 return DeadLetter(CRASHED)
+            run.is_marked = False
             return None
         except WorkQueueError as exc:
             _log.warning("%r is not started, its trial cannot be marked: %s", run.delivery, exc)
             return Requeue(counts=False, pause=_NO_COPY_PAUSE)
-        run.is_marked = True
         return None

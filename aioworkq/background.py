@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
@@ -109,7 +110,8 @@ class Background:
             await asyncio.wait({task})
         except asyncio.CancelledError:
             self._worker.stop(grace=0)
-            await to_the_end(task)
+            with contextlib.suppress(Exception):  # being cancelled goes before the worker's error
+                await to_the_end(task)
             raise
         finally:
             if task.done() and not task.cancelled():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from aioworkq.handler import Handler, ThreadCall
+    from aioworkq.handler_tasks import HandlerTasks
     from aioworkq.message import Delivery
     from aioworkq.orphans import Orphans
     from aioworkq.pace import Pace
@@ -38,6 +39,7 @@ class Calls:
         counts: Where failures are counted.
         pace: What is told of successes and failures.
         orphans: What is told of runs whose thread goes on when their time is up.
+        tasks: Where the handler runs: whether all of them are being cancelled.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Calls:
         counts: Counts,
         pace: Pace,
         orphans: Orphans[Run],
+        tasks: HandlerTasks,
     ) -> None:
         self._handler = handler
         self._counts = counts
         self._pace = pace
         self._orphans = orphans
+        self._tasks = tasks
 
     async def handle(
         self,
@@ -100,10 +104,14 @@ class Calls:
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as exc:
-            if isinstance(exc, asyncio.CancelledError) and _is_cancelled():
+            if isinstance(exc, asyncio.CancelledError) and self._is_cancelled():
                 raise
             return _as_error(exc)
         return None
+
+    def _is_cancelled(self) -> bool:
+        """Say whether the worker, or the end of the event loop, cancelled the handler's task."""
+        return anyio.current_effective_deadline() == -math.inf or self._tasks.are_cancelled
 
     def failure(self, run: Run, exc: Exception) -> Outcome:
         """Decide what becomes of a delivery whose handler raised, log it, and tell the pace."""
@@ -162,11 +170,6 @@ class Calls:
             outcome,
             exc_info=exc,
         )
-
-
-def _is_cancelled() -> bool:
-    """Say whether the worker cancelled the handler's task that just saw a CancelledError."""
-    return anyio.current_effective_deadline() == -math.inf
 
 
 def _as_error(exc: BaseException) -> RuntimeError:

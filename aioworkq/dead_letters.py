@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
@@ -20,7 +21,6 @@ from aioworkq.connect import connection_to
 from aioworkq.errors import ConnectionLostError, StateError
 from aioworkq.message import (
     ATTEMPTS,
-    CRASHED,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILURE,
@@ -32,7 +32,6 @@ from aioworkq.message import (
 )
 from aioworkq.outbox import Outbox
 from aioworkq.topology import Queue, as_queue, declarations
-from aioworkq.trials import Trials
 
 if TYPE_CHECKING:
     import ssl
@@ -134,11 +133,17 @@ class DeadLetters(Generic[T]):
             )
 
         self._connection = connection("reading")
-        self._trials = Trials(self._connection, timeout=timeout)
         self._outbox = Outbox(connection("copies"), window=100, window_bytes=16 * 1024 * 1024)
-        self._is_open = False
+        self._was_opened = self._is_open = False
 
     async def __aenter__(self) -> Self:
+        if self._was_opened:
+            raise StateError(
+                "dead letters cannot be read",
+                reason="it was opened before",
+                advice="Make a new DeadLetters.",
+            )
+        self._was_opened = True
         try:
             await self._connection.start()
             async with asyncio.timeout(self._timeout):
@@ -226,12 +231,13 @@ class DeadLetters(Generic[T]):
         """
         if rate is not None and not rate > 0:
             raise ValueError(f"rate is {rate}: it must be more than 0 a second.")
+        chosen = _choice(where)
         replayed = 0
         began = anyio.current_time()
 
         async def publish(dead: DeadMessage[T]) -> bool:
             nonlocal replayed
-            if where is not None and not where(dead):
+            if not chosen(dead):
                 return False
             if rate is not None:
                 await anyio.sleep_until(began + replayed / rate)
@@ -241,8 +247,6 @@ class DeadLetters(Generic[T]):
                 if name not in OUR_HEADERS
             }
             copy = dead.message.copy_to(self._queue.name, headers)
-            if dead.reason == CRASHED:
-                await self._trials.unmark(copy)
             deadline = anyio.current_time() + self._timeout
             wire = self._outbox.connection.prepare(copy)
             await self._outbox.publish(copy, wire, deadline=deadline)
@@ -261,13 +265,14 @@ class DeadLetters(Generic[T]):
         Returns:
             How many were dropped.
         """
+        chosen = _choice(where)
         dropped = 0
 
         async def drop(dead: DeadMessage[T]) -> bool:
             nonlocal dropped
-            chosen = where is None or where(dead)
-            dropped += chosen
-            return chosen
+            is_chosen = chosen(dead)
+            dropped += is_chosen
+            return is_chosen
 
         await self._scan(drop)
         return dropped
@@ -333,6 +338,28 @@ class DeadLetters(Generic[T]):
             traceback=_text(headers.get(TRACEBACK)),
             body_type=self._queue.body_type,
         )
+
+
+def _choice(where: Any) -> Callable[[DeadMessage[Any]], bool]:
+    """Return what says whether a dead letter is meant.
+
+    Raises:
+        TypeError: It is no function, or a coroutine function: it would choose all of them.
+    """
+    if where is None:
+        return lambda _: True
+    if not callable(where) or inspect.iscoroutinefunction(where):
+        raise TypeError(f"where is {where!r}: it must be a plain function that returns a bool.")
+
+    def choose(dead: DeadMessage[Any]) -> bool:
+        answer = where(dead)
+        if inspect.isawaitable(answer):
+            if inspect.iscoroutine(answer):
+                answer.close()
+            raise TypeError(f"where, {where!r}, returned an awaitable: it must return a bool.")
+        return bool(answer)
+
+    return choose
 
 
 def _text(value: object) -> str | None:

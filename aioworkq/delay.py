@@ -18,6 +18,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from aioworkq.errors import check_number
 from aioworkq.topology import Binding, Declaration, ExchangeDeclaration, QueueDeclaration
 
 _PREFIX: Final = "aioworkq.v1"
@@ -71,6 +72,7 @@ def checked_delay(delay: float | None, at: datetime | None, *, now: datetime) ->
         delay = max(0.0, (at - now).total_seconds())
     if delay is None:
         return 0.0
+    check_number("delay", delay)
     if not 0 <= delay <= MAX_DELAY:
         raise ValueError(
             f"the delay is {delay} seconds: it must be from 0 to a year, {MAX_DELAY:g}."

@@ -237,6 +237,7 @@ class RetryLater(Signal):
     """
 
     def __init__(self, delay: float, *, counts: bool = True) -> None:
+        check_number("delay", delay)
         if not delay >= 0:
             raise ValueError(f"delay is {delay!r}: it must be at least 0 seconds.")
         self.delay = delay
@@ -299,3 +300,20 @@ def _check_position(position: object) -> None:
         raise ValueError(
             f"BatchError names the item {position}: positions in the list of bodies count from 0.",
         )
+
+
+def is_whole(number: object) -> bool:
+    """Say whether a value is an int, and no bool."""
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
+def check_number(name: str, value: object) -> None:
+    """Check that a value is a number, which a comparison with one would not say in words.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        is_timedelta = hasattr(value, "total_seconds")
+        hint = " Write `.total_seconds()` behind it." if is_timedelta else ""
+        raise TypeError(f"{name} is {value!r}: it must be a number.{hint}")

@@ -36,7 +36,13 @@ class HandlerTasks:
         self._context = contextvars.Context()
         self._tasks: set[asyncio.Task[None]] = set()
         self._defect: asyncio.Future[None] | None = None
+        self._guardian: asyncio.Task[Any] | None = None
         self.is_guarded = False
+
+    @property
+    def are_cancelled(self) -> bool:
+        """Whether the guard is being cancelled, as it is with all tasks when the loop ends."""
+        return self._guardian is not None and self._guardian.cancelling() > 0
 
     def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start a task, which takes its first step after this step of the event loop."""
@@ -80,6 +86,7 @@ class HandlerTasks:
     async def _guard(self, on_begin: Callable[[], None], on_end: Callable[[], None]) -> None:
         """Stay until the last task has ended; cancelled, cancel them, and still wait for them."""
         self._defect = asyncio.get_running_loop().create_future()
+        self._guardian = asyncio.current_task()
         self.is_guarded = True
         try:
             on_begin()

@@ -36,7 +36,7 @@ LAST_FAILURE: Final = "x-aioworkq-last-failure"
 """When the last attempt failed (UTC timestamp)."""
 
 TRIAL: Final = "x-aioworkq-trial"
-"""On a copy that has one attempt left after its process died: it is run alone (bool)."""
+"""On a copy that has one attempt left after its process died: its trial's number (str)."""
 
 CRASHED: Final = "crashed"
 """The reason of a message whose process ended in the middle of its last attempt."""

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 from msgspec import Struct
 from msgspec.structs import force_setattr
 
+from aioworkq.errors import check_number, is_whole
+from aioworkq.retry import RetryPolicy
+
 if TYPE_CHECKING:
     from aioworkq.outcome import OnError
-    from aioworkq.retry import RetryPolicy
 
 OnConnectionLoss: TypeAlias = Literal["finish", "cancel"]
 
@@ -38,11 +40,12 @@ class Batching(Struct, frozen=True):
     max_wait: float
 
     def __post_init__(self) -> None:
-        if not _is_whole(self.max_size) or not 1 <= self.max_size <= _MAX_PREFETCH:
+        if not is_whole(self.max_size) or not 1 <= self.max_size <= _MAX_PREFETCH:
             raise ValueError(
                 f"max_size is {self.max_size!r}: it must be a whole number from 1 to "
                 f"{_MAX_PREFETCH}, as many as RabbitMQ hands over unsettled.",
             )
+        check_number("max_wait", self.max_wait)
         if not 0 <= self.max_wait < math.inf:
             raise ValueError(
                 f"max_wait is {self.max_wait!r}: it must be a number of seconds, 0 or more.",
@@ -86,6 +89,8 @@ class Options(Struct, frozen=True, kw_only=True):
                 "'cancel'.",
             )
         if self.retry is not None:
+            if not isinstance(self.retry, RetryPolicy):
+                raise TypeError(f"retry is {self.retry!r}: it must be a RetryPolicy.")
             if self.on_error != "requeue":
                 raise ValueError(
                     f"retry and on_error={self.on_error!r} are both given: a retry policy is what "
@@ -95,10 +100,10 @@ class Options(Struct, frozen=True, kw_only=True):
 
     def _check_numbers(self) -> None:
         concurrency, prefetch_count = self.concurrency, self.prefetch_count
-        if concurrency is not None and (not _is_whole(concurrency) or concurrency < 1):
+        if concurrency is not None and (not is_whole(concurrency) or concurrency < 1):
             raise ValueError(f"concurrency is {concurrency!r}: it must be a whole number from 1.")
         if prefetch_count is not None:
-            if not _is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
+            if not is_whole(prefetch_count) or not 1 <= prefetch_count <= _MAX_PREFETCH:
                 raise ValueError(
                     f"prefetch_count is {prefetch_count!r}: it must be a whole number from 1 to "
                     f"{_MAX_PREFETCH}. No bound at all (0) would pull a whole backlog into memory.",
@@ -108,11 +113,13 @@ class Options(Struct, frozen=True, kw_only=True):
                     f"prefetch_count is {prefetch_count}: no batch would ever have its max_size of "
                     f"{self.batching.max_size} messages. Give at least as many, or leave it out.",
                 )
+        if self.timeout is not None:
+            check_number("timeout", self.timeout)
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(
                 f"timeout is {self.timeout!r}: it must be more than 0 seconds, or None.",
             )
-        if self.attempts is not None and (not _is_whole(self.attempts) or self.attempts < 1):
+        if self.attempts is not None and (not is_whole(self.attempts) or self.attempts < 1):
             raise ValueError(
                 f"attempts is {self.attempts!r}: it must be a whole number from 1, or None.",
             )
@@ -133,7 +140,3 @@ class Options(Struct, frozen=True, kw_only=True):
         if self.batching is not None:
             wanted = self.batching.max_size * (wanted + 1)
         return min(wanted, _MAX_PREFETCH)
-
-
-def _is_whole(number: Any) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool)

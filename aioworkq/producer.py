@@ -24,6 +24,7 @@ from aioworkq.errors import (
     ConnectionLostError,
     StateError,
     UnroutableError,
+    check_number,
 )
 from aioworkq.message import Message
 from aioworkq.outbox import Outbox
@@ -462,6 +463,7 @@ def _checked_delay(
 
 
 def _checked_timeout(timeout: float) -> float:
+    check_number("timeout", timeout)
     if not 0 <= timeout < math.inf:
         raise ValueError(f"timeout is {timeout}: it must be a number of seconds, 0 or more.")
     return timeout

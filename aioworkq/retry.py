@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
+from aioworkq.errors import check_number, is_whole
+
 _PAUSE_FIRST: Final = 0.1
 _PAUSE_MAX: Final = 5.0
 
@@ -16,6 +18,14 @@ def requeue_pause(attempt: int) -> float:
     ``min(5, 0.1 * 2 ** (attempt - 1))``: 0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5, 5, … seconds.
     """
     return min(_PAUSE_MAX, _PAUSE_FIRST * 2.0 ** min(attempt - 1, 30))
+
+
+def _check_classes(name: str, value: object) -> None:
+    for one in value if isinstance(value, tuple) else (value,):
+        if not (isinstance(one, type) and issubclass(one, BaseException)):
+            raise TypeError(
+                f"{name} is {value!r}: it must be an exception class, or a tuple of them.",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +45,10 @@ class RetryPolicy:
         jitter: The part of a delay that is random, 0 to 1.
         on: Only these exceptions are retried; others dead-letter the message at once.
         give_up_on: These exceptions are never retried, even where ``on`` would have them.
+
+    Raises:
+        ValueError: A number is out of range.
+        TypeError: A value is no number, or no exception class.
     """
 
     attempts: int = 8
@@ -46,8 +60,12 @@ class RetryPolicy:
     give_up_on: tuple[type[Exception], ...] | type[Exception] = ()
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise ValueError(f"attempts is {self.attempts}: it must be at least 1.")
+        if not is_whole(self.attempts) or self.attempts < 1:
+            raise ValueError(f"attempts is {self.attempts!r}: it must be a whole number from 1.")
+        for name in ("first", "max", "factor", "jitter"):
+            check_number(name, getattr(self, name))
+        for name in ("on", "give_up_on"):
+            _check_classes(name, getattr(self, name))
         if not 0 <= self.first < math.inf:
             raise ValueError(f"first is {self.first}: it must be a number of seconds, 0 or more.")
         if not self.first <= self.max < math.inf:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from aioworkq.admission import Admission
+from aioworkq.background import to_the_end
 from aioworkq.calls import Calls
 from aioworkq.duplicates import Duplicates
 from aioworkq.handler import ThreadCall
@@ -100,6 +101,7 @@ class Runs:
             counts=settler.counts,
             pace=self._pace,
             orphans=self._orphans,
+            tasks=self._tasks,
         )
 
     def start_in(self, tasks: TaskGroup) -> None:
@@ -292,11 +294,9 @@ class Runs:
         if isinstance(outcome, Ack):
             self._settled(run, outcome, self._settler.ack(run))
         elif not run.is_settled:
-            with anyio.CancelScope(shield=True):
-                await self._settle(run, outcome)
+            await to_the_end(self._settle(run, outcome))
         if run.is_marked:
-            with anyio.CancelScope(shield=True):
-                await self._trials.unmark(run.delivery.message)
+            await to_the_end(self._trials.unmark(run.delivery.message))
 
     async def _settle(self, run: Run, outcome: Outcome) -> None:
         self._settled(run, outcome, await self._settler.settle(run, outcome))

@@ -8,6 +8,7 @@ leaves the original where it was.
 from __future__ import annotations
 
 import logging
+import uuid
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -144,6 +145,9 @@ class Settler:
         except Exception:  # a defect of ours must neither lose the message nor end the worker
             _log.exception("%r goes back to its queue: please report this.", unsettled.delivery)
             return await self._put_back(unsettled, counts=unsettled.was_started)
+        except BaseException:  # the event loop ends: nothing may be waited for any more
+            self._give_back(unsettled, counts=unsettled.was_started)
+            raise
 
     def ack(self, unsettled: Unsettled) -> Settled:
         """Carry out an `Ack`, which never waits; as `settle`."""
@@ -230,7 +234,7 @@ class Settler:
         message = unsettled.delivery.message
         headers = {**message.headers, ATTEMPTS: used}
         if is_trial:
-            headers[TRIAL] = True
+            headers[TRIAL] = uuid.uuid4().hex  # of this copy, and of no equal message
         if not used:
             del headers[ATTEMPTS]
         return await self._publish(message.copy_to(self._queue.name, headers), timeout=timeout)

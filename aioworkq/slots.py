@@ -70,8 +70,10 @@ class Slots:
 
     async def _rest(self, seconds: float) -> None:
         """Let nothing be started for a moment."""
-        await self._connection.sleep(seconds, until=self._may_go_back)
-        self._resting = None
+        try:
+            await self._connection.sleep(seconds, until=self._may_go_back)
+        finally:
+            self._resting = None
         self._on_end_of_rest()
 
     def end_rest(self) -> None:

@@ -21,7 +21,7 @@ import anyio
 
 from aioworkq.background import to_the_end
 from aioworkq.errors import TopologyError, WorkQueueError
-from aioworkq.message import raw
+from aioworkq.message import TRIAL, raw
 from aioworkq.topology import QueueDeclaration
 
 if TYPE_CHECKING:
@@ -99,11 +99,12 @@ class Trials:
         await self._turn.acquire()
         self._is_over.clear()
         loop = asyncio.get_running_loop()
+        began = loop.time()
         patience: asyncio.TimerHandle | None = None
 
         @functools.cache  # it ends once, and is not cancelled half-way: others would stay paused
         def end() -> asyncio.Task[None]:
-            return loop.create_task(self._end())
+            return loop.create_task(self._end(began))
 
         try:
             await to_the_end(self._pause(message))
@@ -120,13 +121,15 @@ class Trials:
     async def _pause(self, message: Unsettled) -> None:
         await asyncio.gather(*(member.pause(keep=message) for member in self._members))
 
-    async def _end(self) -> None:
-        """Let the others go on, and the next trial begin; what was tried may run still."""
+    async def _end(self, began: float) -> None:
+        """Let the others go on; what was tried may run still.
+
+        The next trial begins when they had as much time as this one took.
+        """
         self._is_over.set()
-        try:
-            await asyncio.gather(*(member.resume() for member in self._members))
-        finally:
-            self._turn.release()
+        loop = asyncio.get_running_loop()
+        loop.call_later(loop.time() - began, self._turn.release)
+        await asyncio.gather(*(member.resume() for member in self._members))
 
     # Marks
 
@@ -162,8 +165,12 @@ class Trials:
 
 
 def _mark(message: Message) -> str:
-    """Return the name of the queue that marks a message: the same for all its redeliveries."""
+    """Return the name of the queue that marks a copy for a trial, the same in all its redeliveries.
+
+    Equal messages have trials of their own, each under the number that its copy has.
+    """
     import hashlib  # noqa: PLC0415 - takes a millisecond to load, and is seldom needed
 
-    key = raw(message.message_id) or message.body
+    trial = message.headers.get(TRIAL)
+    key = trial.encode() if isinstance(trial, str) else raw(message.message_id) or message.body
     return f"{_PREFIX}.{hashlib.sha256(message.queue.encode() + b'.' + key).hexdigest()[:32]}"

@@ -20,7 +20,7 @@ from aioworkq.background import Background, to_the_end
 from aioworkq.changes import Changes
 from aioworkq.connect import connection_to
 from aioworkq.consumer import Consumer
-from aioworkq.errors import ConnectionLostError, StateError
+from aioworkq.errors import ConnectionLostError, StateError, check_number
 from aioworkq.handler import Handler, make_handler
 from aioworkq.lifecycle import ConsumerState
 from aioworkq.options import Batching, OnConnectionLoss, Options
@@ -329,11 +329,7 @@ class Worker:
             StateError: The worker was started before, or has no handlers.
         """
         if self._was_started:
-            raise StateError(
-                "this worker cannot be started",
-                reason="it has ended" if self._has_ended else "it runs already",
-                advice="Make a new Worker.",
-            )
+            raise self._started_already()
         if not self._handlers:
             raise StateError(
                 "this worker cannot be started",
@@ -364,6 +360,13 @@ class Worker:
             raise self._error
         if not self._was_announced:
             task_status.started()
+
+    def _started_already(self) -> StateError:
+        return StateError(
+            "this worker cannot be started",
+            reason="it has ended" if self._has_ended else "it runs already",
+            advice="Make a new Worker.",
+        )
 
     async def _run(self, task_status: TaskStatus[None]) -> None:
         await self._connection.start()
@@ -499,6 +502,8 @@ class Worker:
                 is_own = False
             if is_own:
                 self._stop(seconds)
+                # In a handler of a signal the loop may be asleep, though it counts as running.
+                loop.call_soon_threadsafe(_wake)
             else:
                 loop.call_soon_threadsafe(self._stop, seconds)
 
@@ -562,8 +567,14 @@ class Worker:
     # In the background
 
     async def __aenter__(self) -> Self:
+        if self._was_started or self._background is not None:
+            raise self._started_already()
         self._background = Background(self)
-        await self._background.start(timeout=self._timeout)
+        try:
+            await self._background.start(timeout=self._timeout)
+        except BaseException:
+            self._background = None
+            raise
         return self
 
     async def __aexit__(
@@ -577,7 +588,12 @@ class Worker:
             await background.finish(exc_value)
 
 
+def _wake() -> None:
+    """Do nothing, in the event loop."""
+
+
 def _checked_grace(grace: float) -> float:
+    check_number("grace", grace)
     if not 0 <= grace < math.inf:
         raise ValueError(f"grace is {grace}: it must be a number of seconds, 0 or more.")
     return grace

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import random
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -235,3 +239,22 @@ async def test_misuse_is_told(url: str, queue_name: str) -> None:
             await dead.peek(limit=0)
         with pytest.raises(ValueError, match="rate is 0"):
             await dead.replay(rate=0)
+
+
+async def test_a_look_that_is_cancelled_leaves_no_channel(url: str, queue_name: str) -> None:
+    """Whenever that happens."""
+    moments = random.Random(7)
+    async with DeadLetters(url, Queue(queue_name, Job)) as dead:
+        connection: Any = dead._connection
+        for _ in range(300):
+            look = asyncio.create_task(dead.peek())
+            until = time.perf_counter() + moments.uniform(0, 0.004)
+            while time.perf_counter() < until:
+                await asyncio.sleep(0)
+            look.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await look
+        with anyio.fail_after(30):
+            while connection._current.channels:
+                await anyio.sleep(0.01)
+        assert await dead.peek() == []

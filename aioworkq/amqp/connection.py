@@ -44,7 +44,7 @@ from aioworkq.topology import QueueDeclaration
 from aioworkq.versions import semantics_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
 
     from aiormq.abc import AbstractChannel, AbstractConnection
 
@@ -104,7 +104,7 @@ class AmqpConnection:
         self._has_explained = False
         self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
-        self._declaring: set[asyncio.Task[None]] = set()
+        self._going_on: set[asyncio.Task[None]] = set()
         self._numbers = ChannelNumbers()
         self._turns = asyncio.Semaphore(_AT_A_TIME)
         self._attempt_ended: asyncio.Event | None = None
@@ -347,18 +347,26 @@ class AmqpConnection:
         # Without a time limit of aiormq's: it waits by `asyncio.wait_for`, which on Python 3.11 may
         # forget the cancellation of a call that it delays. `guarded` has the limit.
 
+        opened: list[AbstractChannel] = []
+
         async def open_one() -> AbstractChannel:
             number = self._next_number(connection, what)
-            return await connection.channel(
+            channel = await connection.channel(
                 channel_number=number,
                 publisher_confirms=confirms,
                 frame_buffer_size=frame_buffer,
             )
+            opened.append(channel)
+            return channel
 
         try:
             return await guarded(open_one(), connection, timeout=timeout, what=what)
-        except aiormq_errors.ChannelClosed as exc:
-            raise ConnectionLostError(what, reason=describe(exc)) from exc
+        except BaseException as exc:
+            for channel in opened:  # just when the caller was cancelled
+                self._go_on(close_bounded(channel, timeout=timeout))
+            if isinstance(exc, aiormq_errors.ChannelClosed):
+                raise ConnectionLostError(what, reason=describe(exc)) from exc
+            raise
 
     def _next_number(self, connection: AbstractConnection, what: str) -> int:
         channel_max = connection.connection_tune.channel_max or 0
@@ -382,6 +390,14 @@ class AmqpConnection:
             _log.warning("%s", explain(missing))
         return None if missing else self._link
 
+    def _go_on(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start bounded work that is not cancelled with who asked for it."""
+        task = asyncio.ensure_future(work)
+        self._going_on.add(task)
+        task.add_done_callback(self._going_on.discard)
+        task.add_done_callback(retrieve)
+        return task
+
     async def declare(self, declarations: Iterable[Declaration], *, timeout: float) -> None:
         """Declare what does not exist yet; see the protocol.
 
@@ -389,10 +405,7 @@ class AmqpConnection:
         cancelled call, and where that crosses the broker's own Channel.Close, by which it tells of
         a missing queue, RabbitMQ closes the connection (504 CHANNEL_ERROR).
         """
-        task = asyncio.ensure_future(self._declare(tuple(declarations), timeout=timeout))
-        self._declaring.add(task)
-        task.add_done_callback(self._declaring.discard)
-        task.add_done_callback(retrieve)
+        task = self._go_on(self._declare(tuple(declarations), timeout=timeout))
         await asyncio.wait({task})
         task.result()
 
@@ -550,8 +563,8 @@ class AmqpConnection:
                 await asyncio.wait({closing}, timeout=_ABORT_GRACE)
             if self._tasks:
                 await asyncio.wait(self._tasks)
-            if self._declaring:
-                await asyncio.wait(self._declaring, timeout=_ABORT_GRACE)
+            if self._going_on:
+                await asyncio.wait(self._going_on, timeout=_ABORT_GRACE)
         self._current = self._link = None
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec import Struct
 
+from aioworkq.errors import check_number
 from aioworkq.message import raw
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ def expiration_ms(expiration: float) -> str:
     Raises:
         ValueError: It is negative or longer than the 49 days that RabbitMQ takes.
     """
+    check_number("expiration", expiration)
     if not 0 <= expiration * 1000 <= _MAX_EXPIRATION_MS:
         raise ValueError(
             f"expiration is {expiration} seconds: it must be from 0 to "

@@ -542,3 +542,40 @@ async def test_cancelled(
 
 async def ten(broker: Broker, queue: str) -> bool:
     return await broker.ready(queue) == 10
+
+
+@pytest.mark.parametrize("on_error", ["requeue", "dead-letter", "discard"])
+def test_the_end_of_the_event_loop_is_no_error_of_a_handler(
+    url: str, queue_name: str, on_error: Any
+) -> None:
+    """`asyncio.run` cancels every task that is left: what runs is handed over again."""
+    attempts: list[int] = []
+
+    async def leave_it_running() -> None:
+        worker, begun = Worker(url), asyncio.Event()
+
+        @worker.handler(queue_name, on_error=on_error)
+        async def handle(body: object) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        async with Producer(url) as producer:
+            await producer.publish(queue_name, 1)
+        left_running.append(asyncio.create_task(worker.run()))
+        await begun.wait()
+
+    async def take_it() -> None:
+        worker, taken = Worker(url), asyncio.Event()
+
+        @worker.handler(queue_name)
+        async def handle(body: object, delivery: Delivery) -> None:
+            attempts.append(delivery.attempt)
+            taken.set()
+
+        async with worker, asyncio.timeout(PROMPT + 10):
+            await taken.wait()
+
+    left_running: list[asyncio.Task[None]] = []
+    asyncio.run(leave_it_running())
+    asyncio.run(take_it())
+    assert len(attempts) == 1

@@ -1,0 +1,192 @@
+"""Workers in applications that do as they like: cancel, stop, enter and choose."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from aioworkq import (
+    DeadLetters,
+    MemoryBroker,
+    Producer,
+    Queue,
+    Reject,
+    RetryLater,
+    RetryPolicy,
+    StateError,
+    Worker,
+)
+from aioworkq.message import TRIAL, Message
+from aioworkq.trials import _mark
+from tests.consuming import eventually
+
+
+@pytest.mark.parametrize("steps", range(1, 40, 3))
+@pytest.mark.parametrize("kind", ["retry", "dead letter", "requeue"])
+async def test_a_handlers_task_that_is_cancelled_while_it_is_settled(kind: str, steps: int) -> None:
+    """An application may keep the task, to cancel a job: then, too, nothing stays unsettled."""
+    broker = MemoryBroker()
+    worker, tasks = Worker(broker), list[asyncio.Task[Any] | None]()
+    options: dict[str, dict[str, Any]] = {
+        "retry": {"retry": RetryPolicy(first=3600)},
+        "dead letter": {"on_error": "dead-letter"},
+        "requeue": {"attempts": 2},
+    }
+
+    @worker.handler(Queue("q", int, type="classic"), concurrency=1, **options[kind])
+    async def handle(number: int) -> None:
+        tasks.append(asyncio.current_task())
+        raise ValueError(number)
+
+    async with worker, Producer(broker) as producer:
+        for number in range(3):
+            await producer.publish(Queue("q", int, type="classic"), number)
+        seen = 0
+        while len(tasks) < 3:
+            await eventually(lambda: len(tasks) > seen)  # noqa: B023 - called at once
+            seen = len(tasks)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            for task in tasks:
+                if task is not None:
+                    task.cancel()
+        await eventually(lambda: broker.counts("q") == (0, 0))
+
+
+def test_a_stop_in_the_handler_of_a_signal_is_at_once() -> None:
+    """The event loop is asleep then, though it counts as running."""
+    program = """
+import asyncio, signal
+from aioworkq import MemoryBroker, Worker
+
+async def main():
+    worker = Worker(MemoryBroker())
+
+    @worker.handler("q")
+    async def handle(body): pass
+
+    signal.signal(signal.SIGALRM, lambda *_: worker.stop())
+    running = asyncio.create_task(worker.run())
+    await worker.wait_ready()
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    async with asyncio.timeout(20):
+        await running
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+async def test_a_second_entry_harms_nobody() -> None:
+    """It is refused, and the worker that runs goes on."""
+    worker = Worker(MemoryBroker())
+
+    @worker.handler("q")
+    async def handle(body: object) -> None:
+        pass
+
+    async with worker:
+        for _ in range(2):
+            with pytest.raises(StateError, match="it runs already"):
+                async with worker:
+                    pass
+        assert worker.is_ready
+    with pytest.raises(StateError, match="it has ended"):
+        async with worker:
+            pass
+
+
+async def test_what_chooses_dead_letters() -> None:
+    """Anything true or false will do; what chooses all of them by mistake is refused."""
+    broker, queue = MemoryBroker(), Queue("q", int)
+    worker = Worker(broker)
+
+    @worker.handler(queue)
+    async def handle(number: int) -> None:
+        raise Reject("odd" if number % 2 else "even")
+
+    async with worker, Producer(broker) as producer:
+        await producer.publish_many(queue, range(4))
+        await eventually(lambda: worker.statistics().dead_lettered == 4)
+
+    async def never(_: object) -> bool:
+        return False
+
+    wrong: list[Any] = [never, lambda _: never(0), "odd"]
+    async with DeadLetters(broker, queue) as dead:
+        for where in wrong:
+            for call in (dead.replay, dead.purge):
+                with pytest.raises(TypeError, match=r"^where"):
+                    await call(where)
+        chosen: Any = lambda one: one.reason == "odd" and "yes"  # noqa: E731
+        assert await dead.purge(chosen) == 2
+        assert [one.reason for one in await dead.peek()] == ["even"] * 2
+    with pytest.raises(StateError, match="Make a new DeadLetters"):
+        await dead.__aenter__()
+
+
+MINUTE: Any = timedelta(minutes=1)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: RetryLater(MINUTE),
+        lambda: RetryPolicy(first=MINUTE),
+        lambda: RetryPolicy(max=MINUTE),
+        lambda: Producer("amqp://localhost", timeout=MINUTE),
+        lambda: Worker("amqp://localhost", grace=MINUTE),
+        lambda: Worker("amqp://localhost").handler("q", timeout=MINUTE),
+        lambda: Worker("amqp://localhost").batch_handler("q", max_size=1, max_wait=MINUTE),
+    ],
+)
+def test_a_time_that_is_no_number_is_a_type_error(call: Any) -> None:
+    """It says so, and what to write."""
+    with pytest.raises(TypeError, match=r"must be a number\. Write `\.total_seconds\(\)`"):
+        call()
+
+
+async def test_a_time_that_is_no_number_is_not_published() -> None:
+    """Not as a delay, an expiration or a time limit."""
+    async with Producer(MemoryBroker()) as producer:
+        for name in ("delay", "expiration", "timeout"):
+            for value in (MINUTE, "5", True):
+                options: dict[str, Any] = {name: value}
+                with pytest.raises(TypeError, match=f"{name} is .* must be a number"):
+                    await producer.publish("q", 1, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "sentence"),
+    [
+        ({"on": [ValueError]}, TypeError, "on is .*: it must be an exception class, or a tuple"),
+        ({"on": "ValueError"}, TypeError, "on is 'ValueError'"),
+        ({"give_up_on": (ValueError, 5)}, TypeError, "give_up_on is .* it must be an exception"),
+        ({"attempts": 2.5}, ValueError, "attempts is 2.5: it must be a whole number from 1"),
+        ({"attempts": True}, ValueError, "attempts is True"),
+    ],
+)
+def test_a_policy_that_cannot_be_is_refused(
+    options: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    """Where it is made, and not when a handler fails for the first time."""
+    with pytest.raises(error, match=sentence):
+        RetryPolicy(**options)
+    retry: Any = "3 times"
+    with pytest.raises(TypeError, match="retry is '3 times': it must be a RetryPolicy"):
+        Worker("amqp://localhost").handler("q", retry=retry)
+
+
+def test_equal_messages_have_marks_of_their_own() -> None:
+    """The copy for a trial has a number, as its redeliveries do; an equal message has another."""
+
+    def copy(trial: object) -> Message:
+        return Message(b"body", "q", headers={TRIAL: trial})
+
+    assert _mark(copy("1")) == _mark(copy("1"))
+    assert len({_mark(copy("1")), _mark(copy("2")), _mark(copy(True))}) == 3
