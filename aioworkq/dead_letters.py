@@ -219,7 +219,7 @@ class DeadLetters(Generic[T]):
         are not replayed a second time.
 
         Args:
-            where: Which ones; None for all.
+            where: Says of each whether it is meant: a plain function, not ``async``; None for all.
             rate: How many a second at most; None for no bound.
 
         Returns:
@@ -228,6 +228,8 @@ class DeadLetters(Generic[T]):
         Raises:
             ConnectionLostError: The connection went away. What was not published is still there.
             PublishError: A copy was not confirmed. Its dead letter is still there.
+            TopologyError: RabbitMQ refuses to go on. What was not published is still there.
+            TypeError: ``where`` is no plain function.
         """
         if rate is not None and not rate > 0:
             raise ValueError(f"rate is {rate}: it must be more than 0 a second.")
@@ -260,10 +262,14 @@ class DeadLetters(Generic[T]):
         """Drop dead letters for good.
 
         Args:
-            where: Which ones; None for all.
+            where: As for `replay`.
 
         Returns:
             How many were dropped.
+
+        Raises:
+            WorkQueueError: One of the errors of `replay`. What was not dropped is still there.
+            TypeError: ``where`` is no plain function.
         """
         chosen = _choice(where)
         dropped = 0

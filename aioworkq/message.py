@@ -83,7 +83,8 @@ _MAX_REASON: Final = 2_000
 class Garbled(str):
     """Text of another client that is no UTF-8, with a mark in the place of what cannot be read.
 
-    It equals what came as the same bytes, and nothing else. A copy has these bytes again.
+    It equals what came as the same bytes, and nothing else. A copy has these bytes again (but not
+    on the path of documented calls, where pamqp decodes).
 
     Attributes:
         raw: The bytes, as they came.

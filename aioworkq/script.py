@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import threading
 from typing import TYPE_CHECKING, Final
 
 import anyio
@@ -33,8 +34,14 @@ def run(worker: Worker, *, use_uvloop: bool = False) -> None:
 
     Raises:
         WorkQueueError: What `Worker.run` raises.
-        RuntimeError: Called inside a running event loop: await `Worker.run` there.
+        RuntimeError: Called inside a running event loop: await `Worker.run` there. Or in another
+            thread than the main one, where signals cannot be handled.
     """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "aioworkq.run handles signals, which Python allows in the main thread only. "
+            "In another one, use `asyncio.run(worker.run())`, and call `worker.stop()` to stop it.",
+        )
     anyio.run(_run, worker, backend="asyncio", backend_options={"use_uvloop": use_uvloop})
 
 

@@ -84,7 +84,7 @@ class Trials:
         return not self._is_over.is_set()
 
     async def wait_over(self) -> None:
-        """Wait until others may be started. Bounded."""
+        """Wait until others may be started: a trial keeps them for about two minutes at most."""
         await self._is_over.wait()
 
     async def run_alone(self, message: Unsettled, run: Callable[[], Awaitable[None]]) -> None:

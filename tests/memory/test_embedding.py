@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import aioworkq
 from aioworkq import (
     DeadLetters,
     MemoryBroker,
@@ -80,6 +81,12 @@ async def main():
 asyncio.run(main())
 """
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+async def test_run_is_for_the_main_thread() -> None:
+    """Elsewhere signals cannot be handled: it says what to do instead."""
+    with pytest.raises(RuntimeError, match="main thread only"):
+        await asyncio.to_thread(aioworkq.run, Worker(MemoryBroker()))
 
 
 async def test_a_second_entry_harms_nobody() -> None:
