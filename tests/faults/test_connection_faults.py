@@ -373,7 +373,7 @@ async def test_three_hundred_reconnects_leave_nothing(
         assert files_after <= files + 3
         assert memory_after - memory < 200_000
         connection: Any = producer._connection
-        assert len(connection._declaring) == 0
+        assert len(connection._going_on) == 0
         assert len(connection._tasks) == 2
 
 
