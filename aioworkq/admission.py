@@ -11,7 +11,6 @@ import logging
 from typing import TYPE_CHECKING, Final
 
 import anyio
-from anyio.lowlevel import checkpoint
 
 from aioworkq.errors import DecodeError, TopologyError, WorkQueueError
 from aioworkq.message import CRASHED, TRIAL, is_counted_by_broker, own_attempts
@@ -85,7 +84,7 @@ class Admission:
         if (run.needs_recount or run.needs_trial) and await self.is_replaced(run):
             return Requeue(counts=False)  # it is settled
         if run.life.cancel_called:
-            await checkpoint()
+            await anyio.sleep(0)  # noqa: ASYNC115 - is cancelled here; `lowlevel` is slow to import
         if run.subscription.is_lost:
             self._duplicates.excuse(run)
             return Requeue(counts=False)

@@ -178,7 +178,14 @@ class Runs:
         if subscription is not self._newest:
             self._newest = subscription
             self._generation += 1
-        run = Run(delivery, subscription, incoming.tag, used, generation=self._generation)
+        run = Run(
+            delivery,
+            subscription,
+            incoming.tag,
+            used,
+            generation=self._generation,
+            life=anyio.CancelScope(),
+        )
         if (incoming.redelivered or self._orphans) and self._duplicates.take(run):
             return
         if incoming.redelivered:

@@ -14,7 +14,6 @@ import math
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar
 
 import anyio
-from anyio import TASK_STATUS_IGNORED
 
 from aioworkq.background import Background, to_the_end
 from aioworkq.changes import Changes
@@ -312,7 +311,7 @@ class Worker:
 
     # Running
 
-    async def run(self, *, task_status: TaskStatus[None] = TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: TaskStatus[None] | None = None) -> None:
         """Consume until `stop`, then drain.
 
         Outages are waited out: consumers come back by themselves, with a WARNING each time. With
@@ -358,7 +357,7 @@ class Worker:
             await to_the_end(self._close())
         if self._error is not None:
             raise self._error
-        if not self._was_announced:
+        if task_status is not None and not self._was_announced:
             task_status.started()
 
     def _started_already(self) -> StateError:
@@ -368,7 +367,7 @@ class Worker:
             advice="Make a new Worker.",
         )
 
-    async def _run(self, task_status: TaskStatus[None]) -> None:
+    async def _run(self, task_status: TaskStatus[None] | None) -> None:
         await self._connection.start()
         async with anyio.create_task_group() as supervision:
             try:
@@ -397,13 +396,14 @@ class Worker:
             self._stopping.set()
             self._changes.notify()
 
-    async def _announce(self, task_status: TaskStatus[None]) -> None:
+    async def _announce(self, task_status: TaskStatus[None] | None) -> None:
         while not (self.is_ready or self._stopping.is_set()):
             await self._changes.wait()
         if self.is_ready:
             _log.info("The worker is ready: %s.", ", ".join(self._handlers))
             self._was_announced = True
-            task_status.started()
+            if task_status is not None:
+                task_status.started()
 
     async def _stop_consuming(self) -> None:
         """Take no more deliveries, and let no copy take long. Bounded."""

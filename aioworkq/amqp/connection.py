@@ -31,7 +31,6 @@ from aioworkq.amqp.declare import (
     may_be_looked_for,
 )
 from aioworkq.amqp.features import explain, missing_names
-from aioworkq.amqp.getter import AmqpGetter
 from aioworkq.amqp.publish_channel import AmqpPublishChannel, close_bounded
 from aioworkq.amqp.subscription import AmqpSubscription
 from aioworkq.amqp.translate import closing_exception, describe, guarded, refusal, retrieve
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from aiormq.abc import AbstractChannel, AbstractConnection
 
+    from aioworkq.amqp.getter import AmqpGetter
     from aioworkq.amqp.transport import Link
     from aioworkq.broker import Event, Incoming, Subscription
     from aioworkq.message import Message
@@ -491,7 +491,9 @@ class AmqpConnection:
         """Open a channel to take single messages; see the protocol."""
         what = f"reading queue {queue!r}"
         channel = await self._open_channel(what, confirms=False, frame_buffer=64, timeout=timeout)
-        return AmqpGetter(channel, queue, link=self._link_for(channel))
+        from aioworkq.amqp import getter  # noqa: PLC0415 - for `DeadLetters` only
+
+        return getter.AmqpGetter(channel, queue, link=self._link_for(channel))
 
     async def subscribe(
         self,
