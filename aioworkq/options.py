@@ -115,10 +115,10 @@ class Options(Struct, frozen=True, kw_only=True):
                 )
         if self.timeout is not None:
             check_number("timeout", self.timeout)
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(
-                f"timeout is {self.timeout!r}: it must be more than 0 seconds, or None.",
-            )
+            if not self.timeout > 0:
+                raise ValueError(
+                    f"timeout is {self.timeout!r}: it must be more than 0 seconds, or None.",
+                )
         if self.attempts is not None and (not is_whole(self.attempts) or self.attempts < 1):
             raise ValueError(
                 f"attempts is {self.attempts!r}: it must be a whole number from 1, or None.",

@@ -128,8 +128,11 @@ class Trials:
         """
         self._is_over.set()
         loop = asyncio.get_running_loop()
-        loop.call_later(loop.time() - began, self._turn.release)
-        await asyncio.gather(*(member.resume() for member in self._members))
+        now = loop.time()
+        try:
+            await asyncio.gather(*(member.resume() for member in self._members))
+        finally:  # not before they are resumed, however short the trial was
+            loop.call_at(now + (now - began), self._turn.release)
 
     # Marks
 

@@ -25,6 +25,7 @@ class Member:
     def __init__(self) -> None:
         self.is_paused = False
         self.calls = list[str]()
+        self.slowness = 4
 
     async def pause(self, *, keep: Unsettled) -> None:
         await self._steps()
@@ -32,7 +33,8 @@ class Member:
         self.calls.append("pause")
 
     async def resume(self) -> None:
-        await self._steps()
+        for _ in range(self.slowness):
+            await asyncio.sleep(0)
         self.is_paused = False
         self.calls.append("resume")
 
@@ -115,6 +117,38 @@ async def test_the_next_trial_waits_no_longer_than_the_others(
     may_end.set()
     await first
     assert [member.calls for member in members] == [["pause", "resume"] * 2] * 2
+
+
+async def test_a_short_trial_ends_before_the_next_one_begins(
+    some_trials: Trials, members: list[Member]
+) -> None:
+    """However slow the others are to go on: none is paused and resumed at the same time."""
+
+    async def run() -> None:
+        assert all(member.is_paused for member in members)
+
+    members[0].slowness = 200
+    async with asyncio.TaskGroup() as group:
+        for _ in range(5):
+            group.create_task(some_trials.run_alone(MESSAGE, run))
+    assert [member.calls for member in members] == [["pause", "resume"] * 5] * 2
+
+
+async def test_the_others_have_as_much_time_as_a_trial(some_trials: Trials) -> None:
+    """Before the next one begins."""
+    moments: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    async def run() -> None:
+        moments.append(loop.time())
+        await asyncio.sleep(0.02)
+        moments.append(loop.time())
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(3):
+            group.create_task(some_trials.run_alone(MESSAGE, run))
+    assert moments[2] - moments[1] >= moments[1] - moments[0] - 0.001
+    assert moments[4] - moments[3] >= moments[3] - moments[2] - 0.001
 
 
 async def test_two_suspects_in_one_queue(monkeypatch: pytest.MonkeyPatch) -> None:
