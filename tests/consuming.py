@@ -12,6 +12,8 @@ import anyio.to_thread
 import pika
 from pamqp.commands import Basic
 
+from tests.nodes import write_down
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
     from types import TracebackType
@@ -145,13 +147,8 @@ def headers_of(message: DeliveredMessage) -> dict[str, Any]:
 
 
 async def crash(node: RabbitMQ) -> None:
-    """Kill a node whose queues are not brand new.
-
-    RabbitMQ 3.10 writes a new quorum queue's name to disk some seconds after it was declared.
-    Killed before that, it comes back without the queue's log: confirmed messages are lost, and the
-    queue never gets a leader. No client can help that, so these tests have it written first.
-    """
-    await node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
+    """Kill a node whose queues are not brand new."""
+    await write_down(node)
     await node.kill()
 
 

@@ -115,6 +115,19 @@ def get(url: str, queue: str) -> bytes | None:
         return body
 
 
+async def write_down(node: RabbitMQ) -> None:
+    """Have a node write to disk which queues it has; it would do so within two seconds.
+
+    Killed before, it forgets what is brand new, or finds nothing in it: `RabbitMQ.kill` says more.
+    No client can help that, so tests of anything else call this before they kill a node.
+    """
+    # The decisions of Mnesia's transactions, and where quorum queues have their logs.
+    await node.eval(
+        "begin _ = (catch sys:get_state(mnesia_recover)), _ = (catch disk_log:sync(latest_log)), "
+        "[ok = dets:sync(Table) || Table <- dets:all()] end"
+    )
+
+
 def other_versions() -> list[str]:
     """List the versions that live in root file systems of their own."""
     roots = _node_parts.installed_roots()

@@ -581,7 +581,7 @@ async def test_a_stop_while_a_batch_runs(
     async with anyio.create_task_group() as tasks, Producer(url) as producer:
         await tasks.start(worker.run)
         await publish_all(producer, queue, range(5))
-        await eventually(lambda: worker.statistics().waiting == 2)
+        await eventually(lambda: started and worker.statistics().waiting == 2)
         worker.stop()
         await eventually(lambda: worker.statistics().waiting == 0)
         release.set() if grace else None

@@ -21,6 +21,7 @@ from tests.nodes import (
     publish,
     traces,
     wait_until,
+    write_down,
 )
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ async def test_a_killed_node_joins_the_others_again(
     """The founder or another node is killed, the others go on, and it comes back with its data."""
     node, other = cluster.nodes[number], cluster.nodes[number + 1]
     await in_thread(publish, node.url, queue_name, b"1", "quorum")
+    await write_down(node)
     await node.kill()
     await publish_to_survivor(other.url, queue_name, b"2")
     await node.start()

@@ -37,6 +37,7 @@ from tests.nodes import (
     processes_of,
     publish,
     wait_until,
+    write_down,
 )
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ async def test_another_version_from_a_root_file_system(version: str) -> None:
         url = await node.add_vhost("kept")
         await in_thread(publish, url, "work", b"kept")
         before = processes_of(node)
+        await write_down(node)
         await node.kill()
         await node.start()
         assert await in_thread(get, url, "work") == b"kept"
@@ -252,7 +254,7 @@ async def test_a_persistent_message_survives_a_restart(
     url = node.url
     for queue_type in ("classic", "quorum"):
         await in_thread(publish, url, f"{queue_name}.{queue_type}", b"still here", queue_type)
-    await node.eval("[dets:sync(Table) || Table <- dets:all()]")
+    await write_down(node)
     processes = processes_of(node)
     await (node.kill() if how == "kill" else node.stop())
     assert not node.is_running

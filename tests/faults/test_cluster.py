@@ -22,6 +22,7 @@ import pytest
 from aioworkq import Producer, Queue, Worker, WorkQueueError
 from aioworkq.testing import RabbitMQCluster
 from tests.consuming import eventually
+from tests.nodes import write_down
 
 if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
@@ -145,6 +146,7 @@ async def test_the_leader_is_killed(
                 await eventually(log.goes_on, log.published)
                 node = await leader_of(queue_name, cluster)
                 was_used = producer.statistics().reconnects, worker.statistics().reconnects
+                await write_down(node)
                 killed, published = time.monotonic(), log.published
                 await node.kill()
                 await eventually(log.goes_on, published + PUBLISHERS, timeout=PATIENCE)

@@ -21,6 +21,7 @@ import pytest
 
 from aioworkq import Delivery, Producer, Queue, Reject, RetryPolicy, Worker
 from tests.consuming import Broker, eventually
+from tests.nodes import write_down
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ async def test_nothing_is_lost(
             worker.handler(queue, concurrency=5, retry=retry)(ledger.handle)
         async with worker:
             await round_of(None, proxy, producer)
-            # All queues exist: a crash shall find them written, see tests/consuming.py.
-            await quick_node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
+            await write_down(quick_node)  # all queues exist
             for number in range(100 if is_long else 10):
                 strike = Strike(quick_node, random.Random(number))
                 before = ledger.dead + ledger.handled

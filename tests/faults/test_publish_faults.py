@@ -21,7 +21,7 @@ from aioworkq import (
     Producer,
     Queue,
 )
-from tests.consuming import Broker, eventually
+from tests.consuming import Broker, crash, eventually
 from tests.proxy import Proxy
 from tests.publishing import is_cut_off, memory_alarm, no_complaints
 
@@ -83,10 +83,7 @@ async def test_a_killed_and_restarted_node_loses_nothing(node: RabbitMQ, queue_n
             for where in (kept, classic)
             for number in range(20)
         ]
-        # RabbitMQ 3.10 forgets a quorum queue that is younger than three seconds when it is killed,
-        # whatever it confirmed: it has not written down yet that there is one.
-        await node.eval("[ok = dets:sync(Table) || Table <- dets:all()]")
-        await node.kill()
+        await crash(node)
         new = [asyncio.create_task(producer.publish(f"{queue_name}.new", "x")) for _ in range(5)]
         await node.start()
         await asyncio.gather(*during, *new)
