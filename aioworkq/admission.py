@@ -93,7 +93,9 @@ class Admission:
         if run.is_trial and (verdict := await self._begin_trial(run)) is not None:
             return verdict
         if self.is_used_up(run):
-            is_charged = run.used > own_attempts(delivery.message.headers)
+            message = delivery.message
+            known = own_attempts(message.headers) + self._duplicates.returns(message)
+            is_charged = run.used > known
             return DeadLetter(CRASHED if is_charged else f"gave up after {run.used} attempts")
         try:
             run.body = self._handler.decode(delivery)

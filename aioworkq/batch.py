@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterable, Iterable
+from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
 from aioworkq.errors import UnroutableError, WorkQueueError
@@ -151,7 +151,8 @@ class Batch(Generic[T]):
             async for body in bodies:
                 await self._publish_next(body)
             return
-        if isinstance(bodies, str | bytes) or not isinstance(bodies, Iterable):
+        is_one = isinstance(bodies, str | bytes | bytearray | memoryview | Mapping)
+        if is_one or not isinstance(bodies, Iterable):
             raise TypeError(f"bodies must be an iterable of bodies, not {type(bodies).__name__}.")
         for body in bodies:
             if self._must_wait():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from aioworkq.errors import Signal
+from aioworkq.errors import BatchError, Signal
 from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome, outcome_of
 
 if TYPE_CHECKING:
@@ -77,20 +77,42 @@ class Calls:
         """
         options = self._handler.options
         if options.timeout is None and options.on_connection_loss != "cancel":
-            return await self._call(body, delivery, thread)
+            return self._answer(runs, await self._call(body, delivery, thread))
         with anyio.CancelScope() as scope:
             for run in runs:
                 run.scope = scope
             if options.timeout is not None:
                 scope.deadline = anyio.current_time() + options.timeout
-            return await self._call(body, delivery, thread)
+            return self._answer(runs, await self._call(body, delivery, thread))
         # The scope was cancelled: by its deadline, or because the connection was lost.
         if thread is not None and not thread.has_ended.is_set():
             for run in runs:
                 self._orphans.add(run)
-        if options.on_connection_loss == "cancel" and any(run.delivery.lost for run in runs):
+        if self._are_given_up(runs):
             return Requeue(counts=False)
         return TimeoutError(f"the handler exceeded {options.timeout:g} s")
+
+    def _are_given_up(self, runs: Sequence[Run]) -> bool:
+        """Say whether the handler was cancelled because its connection was lost."""
+        cancels = self._handler.options.on_connection_loss == "cancel"
+        return cancels and any(run.delivery.lost for run in runs)
+
+    def _answer(self, runs: Sequence[Run], error: Exception | None) -> Exception | Requeue | None:
+        """Say what an error of the handler is: its answer to being cancelled is no failure.
+
+        A driver may turn a cancellation into an error of its own, and a cleanup may fail.
+        """
+        if error is None or isinstance(error, Signal | BatchError):
+            return error
+        is_cancelled = any(run.life.cancel_called for run in runs) or self._tasks.are_cancelled
+        if not (is_cancelled or self._are_given_up(runs)):
+            return error
+        _log.warning(
+            "Handler %s raised an error when it was cancelled: what it had goes back.",
+            self._handler.name,
+            exc_info=error,
+        )
+        return Requeue(counts=False)
 
     async def _call(self, body: Any, delivery: Any, thread: ThreadCall | None) -> Exception | None:
         """Call the handler, and return what it raised."""

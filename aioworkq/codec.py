@@ -8,6 +8,7 @@ pydantic is installed; this module never imports it. A `Codec` of your own repla
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any, Final, Protocol
 
 import msgspec
@@ -169,7 +170,10 @@ class JsonCodec:
 
 
 class PydanticCodec:
-    """A pydantic model or dataclass, validated by pydantic's own rules for JSON."""
+    """A pydantic model or dataclass, validated by pydantic's own rules for JSON.
+
+    Its JSON has the aliases of its fields. What is published is checked by decoding it again.
+    """
 
     def __init__(self, body_type: Any) -> None:
         import pydantic  # noqa: PLC0415 - an extra: only who uses its models has it
@@ -183,9 +187,20 @@ class PydanticCodec:
         if not isinstance(value, self._type):
             raise TypeError(f"a body of this queue is {self._name}, not {_name(type(value))}.")
         try:
-            return Encoded(self._adapter.dump_json(value), JSON, "utf-8")
+            body: bytes = self._adapter.dump_json(value, by_alias=True)
         except Exception as exc:  # pydantic-core raises its own errors, and those of user code
             raise TypeError(f"this {self._name} cannot be encoded: {exc}.") from exc
+        try:
+            back = self._adapter.validate_json(body)
+            is_same = self._adapter.dump_json(back, by_alias=True) == body or back == value
+        except Exception as exc:
+            raise TypeError(f"this {self._name} could not be decoded again: {exc}.") from exc
+        if not is_same:
+            raise TypeError(
+                f"this {self._name} would be another one when it is decoded: its JSON is written "
+                "by other names than it is read by.",
+            )
+        return Encoded(body, JSON, "utf-8")
 
     def decode(self, body: bytes, _content_type: str | None) -> Any:
         """Decode and validate a body."""
@@ -215,11 +230,24 @@ def _decode_text(body: bytes) -> str:
 
 def _encode_json(value: Any) -> bytes:
     try:
-        return msgspec.json.encode(value, enc_hook=_encode_foreign)
+        body = msgspec.json.encode(value, enc_hook=_encode_foreign)
+        if b"null" in body:
+            _refuse_nan(value)
+        return body
     except (TypeError, ValueError, OverflowError) as exc:
         raise TypeError(f"a body of type {_name(type(value))} cannot be encoded: {exc}.") from exc
     except RecursionError as exc:
         raise ValueError("a body that contains itself cannot be encoded.") from exc
+
+
+def _refuse_nan(value: Any) -> None:
+    """Refuse NaN and infinity, which msgspec would write as null.
+
+    Raises:
+        ValueError: There is one.
+    """
+    builtins = msgspec.to_builtins(value, enc_hook=_encode_foreign, str_keys=True)
+    json.dumps(builtins, allow_nan=False)
 
 
 def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> Any:
@@ -235,7 +263,7 @@ def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> 
 
 def _encode_foreign(value: Any) -> Any:
     if _is_pydantic_model(type(value)):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", by_alias=True)
     if isinstance(value, str):  # of a class of its own, which msgspec does not take
         return str(value)
     raise TypeError(f"{_name(type(value))} has no JSON")

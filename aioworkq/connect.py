@@ -66,9 +66,15 @@ def _named(url: str) -> MemoryBroker:
     from aioworkq.memory import MemoryBroker  # noqa: PLC0415 - for tests, and slow to import
 
     parts = urlsplit(url)
-    if not parts.netloc or parts.path.strip("/") or parts.query or parts.fragment:
+    if (
+        not parts.netloc
+        or "@" in parts.netloc
+        or parts.path.strip("/")
+        or parts.query
+        or parts.fragment
+    ):
         raise ValueError(
-            f"the broker's URL {url!r} is not memory://name, a name and nothing else. "
+            "the memory broker's URL is not memory://name, a name and nothing else. "
             "For options make the broker first: MemoryBroker(name='name', clock='virtual').",
         )
     return MemoryBroker.named(parts.netloc)

@@ -26,6 +26,7 @@ No password ever appears in a sentence.
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -313,7 +314,14 @@ def check_number(name: str, value: object) -> None:
     Raises:
         TypeError: It is none.
     """
-    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
-        is_timedelta = hasattr(value, "total_seconds")
-        hint = " Write `.total_seconds()` behind it." if is_timedelta else ""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        hint = ""
+        if hasattr(value, "total_seconds"):
+            hint = " Write `.total_seconds()` behind it."
+        elif hasattr(value, "__float__"):
+            hint = " Give float(...) of it."
         raise TypeError(f"{name} is {value!r}: it must be a number.{hint}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is larger than a float can be.") from None

@@ -140,6 +140,14 @@ def make_handler(queue: Queue[Any], function: Callable[..., Any], options: Optio
     is_async, is_batch = _is_async(function), options.batching is not None
     body, delivery, annotation = _bind(function, name, is_batch=is_batch)
     body_type = queue.body_type
+    if isinstance(annotation, str):
+        if body_type is Any:
+            raise TypeError(
+                f"handler {name} takes {annotation}, a name that cannot be read where the handler "
+                "is defined: it is there for type checkers only, or inside of a function. Import "
+                f"it for good, or give the queue its type: Queue({queue.name!r}, {annotation}).",
+            )
+        annotation = Any
     if body_type is Any:
         body_type = annotation
     elif not _accepts(annotation, body_type):
@@ -164,8 +172,8 @@ def make_handler(queue: Queue[Any], function: Callable[..., Any], options: Optio
 
 
 def _unwrap(function: Any) -> Any:
-    while isinstance(function, functools.partial):
-        function = function.func
+    while isinstance(function, functools.partial | staticmethod):
+        function = function.func if isinstance(function, functools.partial) else function.__func__
     if not inspect.isroutine(function) and not inspect.isclass(function):
         return getattr(function, "__call__", function)  # noqa: B004 - the method itself is wanted
     return function
@@ -193,7 +201,8 @@ def _bind(
     except (TypeError, ValueError) as exc:
         raise TypeError(f"handler {name} has no signature that can be read: {exc}.") from exc
     hints = _hints(function)
-    bodies: list[tuple[str, Any]] = []
+    required: list[tuple[str, Any]] = []
+    optional: list[tuple[str, Any]] = []
     deliveries: list[str] = []
     for parameter in parameters:
         kind = parameter.kind
@@ -208,8 +217,10 @@ def _bind(
             raise TypeError(f"handler {name} gets many deliveries at a time. {example}.")
         if _is_delivery_list(annotation) if is_batch else _is_delivery(annotation):
             deliveries.append(parameter.name)
-        elif parameter.default is parameter.empty or not bodies:
-            bodies.append((parameter.name, annotation))
+        else:
+            has_default = parameter.default is not parameter.empty
+            (optional if has_default else required).append((parameter.name, annotation))
+    bodies = required or optional[:1]
     if len(bodies) != 1:
         found = ", ".join(repr(body) for body, _ in bodies) or "none"
         raise TypeError(
@@ -220,9 +231,9 @@ def _bind(
         asked = "deliveries" if is_batch else "delivery"
         raise TypeError(f"handler {name} asks for the {asked} twice. {example}.")
     body, annotation = bodies[0]
-    if annotation is inspect.Parameter.empty or isinstance(annotation, str):
+    if annotation is inspect.Parameter.empty:
         annotation = Any
-    elif is_batch:
+    elif is_batch and not isinstance(annotation, str):
         annotation = _item_type(annotation, name)
     return body, deliveries[0] if deliveries else None, annotation
 
@@ -230,18 +241,25 @@ def _bind(
 def _hints(function: Any) -> dict[str, Any]:
     """Evaluate the annotations, as far as that is possible where the function is defined."""
     inner = _unwrap(function)
-    try:
+    with contextlib.suppress(Exception):
         return typing.get_type_hints(inner)
-    except Exception:  # a name that exists for type checkers only, or inside another function
-        return {}
+    # One of them has a name that exists for type checkers only, or inside another function.
+    hints: dict[str, Any] = {}
+    names = getattr(inspect.unwrap(inner), "__globals__", {})
+    for parameter, annotation in inspect.get_annotations(inner).items():
+        one = types.SimpleNamespace(__annotations__={parameter: annotation})
+        with contextlib.suppress(Exception):
+            hints |= typing.get_type_hints(one, names)
+    return hints
 
 
 def _is_delivery(annotation: Any) -> bool:
-    if annotation is Delivery:
-        return True
     if isinstance(annotation, str):
-        return annotation.strip("'\"").rpartition(".")[2] == "Delivery"
-    return False
+        members = annotation.strip("'\"").removeprefix("Optional[").removesuffix("]").split("|")
+        return any(one.strip().rpartition(".")[2] == "Delivery" for one in members)
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return Delivery in get_args(annotation)
+    return annotation is Delivery
 
 
 def _is_delivery_list(annotation: Any) -> bool:

@@ -70,9 +70,14 @@ _BROKER_HEADERS: Final = frozenset(
         "x-last-death-exchange",
         "x-last-death-queue",
         "x-last-death-reason",
+        # What routes a message past its queue, once more for each copy.
+        "CC",
+        "BCC",
     },
 )
+_NOT_PUBLISHED: Final = _BROKER_HEADERS | OUR_HEADERS
 
+_COUNTS: Final = frozenset({"x-delivery-count", "x-acquired-count"})
 _MAX_COUNT: Final = 2**31
 """Nothing is counted further: what another client wrote must have room for more."""
 _MAX_EXCEPTION_MESSAGE: Final = 2_000
@@ -247,6 +252,23 @@ def strip_broker_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in headers.items() if key not in _BROKER_HEADERS}
 
 
+def new_headers(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers of a new message, which may have been those of another one.
+
+    What RabbitMQ and aioworkq wrote into that one is left out: its counts are not this one's.
+
+    Raises:
+        ValueError: They route the message to other queues too, where no confirm is about its own.
+    """
+    if "CC" in headers or "BCC" in headers:
+        raise ValueError(
+            "the headers have CC or BCC, by which RabbitMQ routes a message to other queues too: "
+            "it would be confirmed even if its own queue never got it. Leave them out, and publish "
+            "to each queue.",
+        )
+    return {key: value for key, value in headers.items() if key not in _NOT_PUBLISHED}
+
+
 def _count(headers: Mapping[str, Any], key: str) -> int:
     """Read a counter that anybody may have written: what is no count counts nothing."""
     value = headers.get(key)
@@ -257,18 +279,26 @@ def _count(headers: Mapping[str, Any], key: str) -> int:
 
 def is_counted_by_broker(headers: Mapping[str, Any]) -> bool:
     """Say whether the queue that delivered this counts deliveries (a quorum queue does)."""
-    return "x-delivery-count" in headers or "x-acquired-count" in headers
+    return not _COUNTS.isdisjoint(headers)
+
+
+def without_counts(headers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the headers without the counts that only a quorum queue writes."""
+    return {key: value for key, value in headers.items() if key not in _COUNTS}
 
 
 def returns(headers: Mapping[str, Any], *, redelivered: bool) -> int:
     """Count how often RabbitMQ got this copy back unsettled, as far as it tells.
 
     A quorum queue counts in ``x-delivery-count``. A classic queue says only whether it happened at
-    all. (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling)
+    all. (https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling) A count on what was
+    never handed over before is another client's, who copied it from a delivery.
     """
+    if not redelivered:
+        return 0
     if is_counted_by_broker(headers):
         return _count(headers, "x-delivery-count")
-    return 1 if redelivered else 0
+    return 1
 
 
 def own_attempts(headers: Mapping[str, Any]) -> int:

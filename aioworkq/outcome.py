@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from msgspec import Struct
 
-from aioworkq.errors import MessageError, Reject, RetryLater
+from aioworkq.errors import MessageError, Reject, RetryLater, check_number
 from aioworkq.message import Failure
 from aioworkq.retry import requeue_pause
 
@@ -165,6 +165,7 @@ def check_outcome(outcome: object, source: str) -> None:
         case Ack() | DeadLetter():
             return
         case Requeue(pause=seconds) | Retry(delay=seconds):
+            check_number(f"{source} {type(outcome).__name__}: its number of seconds", seconds)
             if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):
                 raise ValueError(f"{source} {outcome!r}: that is no number of seconds.")
         case _:

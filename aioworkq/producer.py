@@ -25,8 +25,9 @@ from aioworkq.errors import (
     StateError,
     UnroutableError,
     check_number,
+    is_whole,
 )
-from aioworkq.message import Message
+from aioworkq.message import Message, new_headers
 from aioworkq.outbox import Outbox
 from aioworkq.statistics import ProducerStatistics
 from aioworkq.topology import Queue, as_queue, declarations
@@ -82,10 +83,11 @@ class Producer:
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         self._timeout = _checked_timeout(timeout)
-        if window < 1:
-            raise ValueError(f"window is {window}: it must be at least 1.")
-        if max_message_size < 1:
-            raise ValueError(f"max_message_size is {max_message_size}: it must be at least 1.")
+        for option, value in (("window", window), ("max_message_size", max_message_size)):
+            if not is_whole(value):
+                raise TypeError(f"{option} is {value!r}: it must be an int.")
+            if value < 1:
+                raise ValueError(f"{option} is {value}: it must be at least 1.")
         check_connection_options(heartbeat=heartbeat, connect_timeout=connect_timeout)
         self._connection = connection_to(
             url,
@@ -103,7 +105,7 @@ class Producer:
         self._delays = DelayQueues(self._connection)
         self._declaring: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._is_closed = False
-        self._ids = uuid.uuid4().hex[:20]
+        self._ids = ""
         self._sequence = 0
         self._stamp: datetime | None = None
 
@@ -121,6 +123,7 @@ class Producer:
                 reason="it was closed" if self._is_closed else "it runs already",
                 advice="Make a new Producer.",
             )
+        self._ids = uuid.uuid4().hex[:20]  # not before: a process may be forked meanwhile
         outbox = Outbox(self._connection, window=self._window, window_bytes=self._window_bytes)
         self._outbox = outbox
         try:
@@ -202,6 +205,7 @@ class Producer:
             priority: 0 to 255, on a queue with ``max_priority``.
             expiration: Seconds after which an unhandled message expires; None for never.
             headers: Values are str, int, float, bool, None, bytes, datetime, Decimal, lists, dicts.
+                They may be those of a delivery: what RabbitMQ and aioworkq wrote there is left out.
             message_id: At most 255 bytes; None to have one made. Publish again under the same id
                 what got an `OutcomeUnknownError`.
             correlation_id: At most 255 bytes.
@@ -391,6 +395,12 @@ class Producer:
                 reason="it was closed" if self._is_closed else "it was not started",
                 advice="Use it inside `async with Producer(...) as producer:`.",
             )
+        if asyncio.get_running_loop() is not self._outbox.loop:
+            raise StateError(
+                "this producer cannot publish",
+                reason="it runs in another event loop than the call",
+                advice="From another thread use asyncio.run_coroutine_threadsafe with its loop.",
+            )
         return self._outbox
 
     def _message(
@@ -420,7 +430,7 @@ class Producer:
             correlation_id,
             encoded.content_type,
             encoded.content_encoding,
-            dict(headers) if headers else {},
+            new_headers(headers) if headers else {},
             priority,
             expiration,
             self._stamp or self._new_stamp(),
@@ -475,6 +485,8 @@ def check_connection_options(*, heartbeat: int, connect_timeout: float) -> None:
     Raises:
         ValueError: A number cannot be right.
     """
+    check_number("heartbeat", heartbeat)
+    check_number("connect_timeout", connect_timeout)
     if not 1 <= heartbeat <= 3600:  # noqa: PLR2004 - an hour
         raise ValueError(
             f"heartbeat is {heartbeat}: it must be from 1 to 3600 seconds. Without heartbeats a "

@@ -22,7 +22,14 @@ from aioworkq.calls import Calls
 from aioworkq.duplicates import Duplicates
 from aioworkq.handler import ThreadCall
 from aioworkq.handler_tasks import HandlerTasks
-from aioworkq.message import TRIAL, Delivery, own_attempts, used_attempts
+from aioworkq.message import (
+    TRIAL,
+    Delivery,
+    is_counted_by_broker,
+    own_attempts,
+    used_attempts,
+    without_counts,
+)
 from aioworkq.outcome import Ack, Outcome, Requeue
 from aioworkq.pace import Pace
 from aioworkq.run_state import Run
@@ -66,6 +73,7 @@ class Runs:
         self._stopping = stopping
         self._trials = trials
         self._on_change_of_prefetch = on_change_of_prefetch
+        self._is_classic = handler.queue.type == "classic"
         self._is_cautious = False
         self._newest: Subscription | None = None
         self._generation = 0
@@ -161,6 +169,8 @@ class Runs:
     def on_delivery(self, subscription: Subscription, incoming: Incoming) -> None:
         """Take a delivery: hold it, start it, or keep it until there is room."""
         message = incoming.message
+        if self._is_classic and is_counted_by_broker(message.headers):  # by another queue
+            message.headers = without_counts(message.headers)
         is_trial = TRIAL in message.headers
         used = own_attempts(message.headers)
         if not is_trial:
@@ -169,6 +179,10 @@ class Runs:
                 redelivered=incoming.redelivered,
                 excused=self._duplicates.excused(message) if incoming.redelivered else 0,
             )
+            if incoming.redelivered and not is_counted_by_broker(message.headers):
+                # No copy could be published to count them.
+                known = own_attempts(message.headers) + self._duplicates.returns(message)
+                used = max(used, known)
         delivery = Delivery(
             message,
             queue=self._handler.queue.name,

@@ -218,10 +218,10 @@ class Settler:
             self.counts.requeued += 1
             self._ack(unsettled)
             return Settled.ACKED
-        settled = self._give_back(unsettled, counts=outcome.counts)
-        if settled is Settled.RETURNED and not outcome.counts:
-            return Settled.OVERCOUNTED
-        return settled
+        if outcome.counts:
+            return await self._put_back(unsettled, counts=True)
+        settled = self._give_back(unsettled, counts=False)
+        return Settled.OVERCOUNTED if settled is Settled.RETURNED else settled
 
     async def _copy_back(
         self,

@@ -244,5 +244,7 @@ def _check_name(name: object) -> None:
             f"queue name {name[:40]!r}… has {size} bytes: it may have {limit}, "
             f"AMQP's 255 less the {_DEAD_SUFFIX!r} of its dead-letter queue.",
         )
+    if "\r" in name or "\n" in name:
+        raise ValueError(f"queue name {name!r} has a line break, which RabbitMQ leaves out.")
     if name.startswith("amq."):
         raise ValueError(f"queue name {name!r} starts with 'amq.', which RabbitMQ keeps to itself.")

@@ -26,6 +26,7 @@ from aioworkq.topology import QueueDeclaration
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from datetime import datetime
 
     from aioworkq.broker import Connection
     from aioworkq.message import Message
@@ -71,6 +72,8 @@ class Trials:
         self._timeout = timeout
         self._members: list[Member] = []
         self._turn = asyncio.Lock()
+        self._last_ended: datetime | None = None
+        self._last_took = 0.0
         self._is_over = asyncio.Event()
         self._is_over.set()
 
@@ -96,10 +99,10 @@ class Trials:
             message: What is tried; it stays when the others are given back.
             run: Called when the worker holds nothing else.
         """
-        await self._turn.acquire()
+        await self._take_turn()
         self._is_over.clear()
         loop = asyncio.get_running_loop()
-        began = loop.time()
+        began = self._connection.now()
         patience: asyncio.TimerHandle | None = None
 
         @functools.cache  # it ends once, and is not cancelled half-way: others would stay paused
@@ -118,21 +121,32 @@ class Trials:
                 patience.cancel()
             await to_the_end(end())
 
+    async def _take_turn(self) -> None:
+        """Wait until the others had as much time as the last trial took from them."""
+        await self._turn.acquire()
+        try:
+            if self._last_ended is not None:
+                passed = (self._connection.now() - self._last_ended).total_seconds()
+                left = self._last_took - max(0.0, passed)  # the time of day may be set back
+                if left > 0:
+                    await self._connection.sleep(left)
+        except BaseException:
+            self._turn.release()
+            raise
+
     async def _pause(self, message: Unsettled) -> None:
         await asyncio.gather(*(member.pause(keep=message) for member in self._members))
 
-    async def _end(self, began: float) -> None:
-        """Let the others go on; what was tried may run still.
-
-        The next trial begins when they had as much time as this one took.
-        """
+    async def _end(self, began: datetime) -> None:
+        """Let the others go on; what was tried may run still."""
         self._is_over.set()
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        self._last_ended = now = self._connection.now()
+        # No trial keeps others for longer, whatever the time of day is set to.
+        self._last_took = min((now - began).total_seconds(), 2 * _LONGEST)
         try:
             await asyncio.gather(*(member.resume() for member in self._members))
         finally:  # not before they are resumed, however short the trial was
-            loop.call_at(now + (now - began), self._turn.release)
+            self._turn.release()
 
     # Marks
 

@@ -141,7 +141,7 @@ async def test_batches_on_rabbitmq(broker: Broker, url: str, queue_name: str) ->
         await publish_all(producer, queue, range(1010))
         await eventually(lambda: worker.statistics().handled == 1010)
     assert [number for batch in batches for number in batch] == list(range(1010))
-    assert max(map(len, batches)) == 40
+    assert max(map(len, batches)) <= 40
     assert await broker.ready(queue_name) == 0
 
 
@@ -213,10 +213,13 @@ async def test_each_named_message_gets_its_outcome(
             6: RetryLater(0.125),
             7: ValueError("each time"),
         }
-        if len(numbers) == 9:
-            raise BatchError(outcomes)
-        again = {at: outcomes[n] for at, n in enumerate(numbers) if n in {3, 7}}
-        raise BatchError(again)
+        raise BatchError(
+            {
+                at: outcomes[number]
+                for at, number in enumerate(numbers)
+                if number in ({3, 7} if deliveries[at].attempt > 1 else outcomes)
+            }
+        )
 
     async with worker, Producer(url) as producer:
         await publish_all(producer, queue, range(9))
@@ -409,7 +412,12 @@ async def test_what_cannot_be_handled_is_in_no_batch(
         await producer.publish(queue, 0)
         await broker.publish(queue_name, b"no number", content_type="application/json")
         await producer.publish(queue, 1)
-        await producer.publish(queue, 2, headers={"x-aioworkq-attempts": 3})
+        await broker.publish(
+            queue_name,
+            b"2",
+            content_type="application/json",
+            headers={"x-aioworkq-attempts": 3},
+        )
         await producer.publish(queue, 3)
         await eventually(lambda: worker.statistics().handled == 3)
         await eventually(lambda: worker.statistics().dead_lettered == 2)
@@ -491,8 +499,8 @@ async def test_a_thread_that_exceeds_its_time_keeps_its_slot(url: str, queue_nam
     @worker.batch_handler(
         queue,
         max_size=2,
-        max_wait=0.05,
-        timeout=0.1,
+        max_wait=LONG,
+        timeout=2,
         retry=RetryPolicy(attempts=3, first=0.125, jitter=0),
     )
     def handle(numbers: list[int], deliveries: list[Delivery]) -> None:
@@ -605,7 +613,7 @@ async def test_cancelling_the_worker_starts_nothing(
         await eventually(lambda: worker.statistics().waiting == 5)
         tasks.cancel_scope.cancel()
     assert batches == []
-    assert await broker.ready(queue_name) == 5
+    assert len(await broker.take_all(queue_name)) == 5
 
 
 async def test_a_stop_ends_pauses(url: str, queue_name: str) -> None:
@@ -613,7 +621,7 @@ async def test_a_stop_ends_pauses(url: str, queue_name: str) -> None:
     queue = Queue(queue_name, int)
     worker = Worker(url)
 
-    @worker.batch_handler(queue, max_size=2)
+    @worker.batch_handler(queue, max_size=2, max_wait=LONG)
     async def handle(numbers: list[int]) -> None:
         raise BatchError({0: Requeue(pause=LONG)})
 
@@ -631,7 +639,7 @@ async def test_a_stop_does_not_wait_for_a_thread_without_grace(
     worker = Worker(url, grace=0)
     release = threading.Event()
 
-    @worker.batch_handler(queue, max_size=2, timeout=0.1, on_error="dead-letter")
+    @worker.batch_handler(queue, max_size=2, max_wait=LONG, timeout=2, on_error="dead-letter")
     def handle(numbers: list[int]) -> None:
         release.wait(60)
 
@@ -658,7 +666,7 @@ async def test_a_lost_connection_runs_nothing_twice(
     started: list[int] = []
     lost: list[bool] = []
 
-    @worker.batch_handler(queue, max_size=4, max_wait=0.2, concurrency=2)
+    @worker.batch_handler(queue, max_size=4, max_wait=LONG, concurrency=2)
     async def handle(numbers: list[int], deliveries: list[Delivery]) -> None:
         started.extend(numbers)
         await release.wait()

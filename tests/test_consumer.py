@@ -63,7 +63,7 @@ async def test_concurrency_is_a_bound(url: str, queue_name: str) -> None:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
-        await anyio.sleep(0.001)
+        await anyio.sleep(0.01)
         running -= 1
 
     async with worker, Producer(url) as producer:
@@ -135,7 +135,11 @@ async def test_unstarted_messages_go_back_uncharged(
         await started.wait()
         await eventually(lambda: worker.statistics().waiting == 49)
         worker.stop(grace=0)
-    assert await broker.ready(queue_name) == 60
+
+    async def are_all_back() -> bool:
+        return await broker.ready(queue_name) == 60
+
+    await eventually(are_all_back)  # RabbitMQ 4.3 may still execute the last returns
     assert worker.statistics().requeued == 50
 
     second = Worker(url)
@@ -169,7 +173,8 @@ async def test_losing_the_connection_unstarted_is_no_attempt(
     async with worker, Producer(url) as producer:
         await publish_all(producer, queue, range(10))
         for losses in (1, 2, 3):
-            await eventually(lambda: worker.statistics().waiting >= 9)
+            # After a loss the redelivery of what runs on is held, and waits too.
+            await eventually(lambda n: worker.statistics().waiting == n, 9 if losses == 1 else 10)
             proxy.cut()
             await eventually(
                 lambda n: worker.statistics().consumers[queue_name].losses == n,
@@ -293,7 +298,7 @@ async def test_thread_that_exceeds_its_time(url: str, queue_name: str, kind: Que
     release = threading.Event()
     log: list[str] = []
 
-    @worker.handler(queue, concurrency=2, timeout=0.2)
+    @worker.handler(queue, concurrency=2, timeout=2)
     def handle(body: str, delivery: Delivery) -> None:
         log.append(f"{body} {delivery.attempt}")
         if body == "slow" and delivery.attempt == 1:
@@ -324,7 +329,7 @@ async def test_copy_waits_for_the_thread(url: str, queue_name: str) -> None:
     @worker.handler(
         queue,
         concurrency=2,
-        timeout=0.1,
+        timeout=2,
         retry=RetryPolicy(attempts=3, first=0.125, jitter=0),
     )
     def handle(body: str, delivery: Delivery) -> None:
@@ -458,7 +463,7 @@ async def test_classic_works_when_nothing_can_be_published(
     channel = await broker._open()
     await channel.basic_get(queue_name)
     await channel.close()  # it is redelivered from now on
-    worker = Worker(proxy_url, timeout=0.2, grace=0)
+    worker = Worker(proxy_url, timeout=3, grace=0)
     attempts: list[int] = []
 
     def on_frame(direction: Direction, kind: int, channel: int, payload: bytes) -> bool:

@@ -214,7 +214,7 @@ async def test_a_deleted_destination_jams_nobody(
     """What waited for a queue that is gone lands in aioworkq.v1.unroutable; the others arrive."""
     gone = Queue(f"{queue_name}.gone", bytes, type="classic")
     queue = Queue(queue_name, bytes, type="classic")
-    report = await producer.publish_many(gone, [b"gone"] * 100, delay=0.5)
+    report = await producer.publish_many(gone, [b"gone"] * 100, delay=4)
     assert report.confirmed == 100
     await broker.delete(gone.name)
     await producer.publish_many(queue, [b"there"] * 100, delay=0.5)

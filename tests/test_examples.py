@@ -237,8 +237,8 @@ def test_the_fastapi_application_is_served(url: str) -> None:
     arguments = ("-m", "uvicorn", "--app-dir", EXAMPLES, "--port", "0", "fastapi_app:app")
     with started(*arguments, url=url) as server:
         address = read_until(server.stdout, r"running on (http://\S+)")[1]
-        assert httpx.get(f"{address}/ready").status_code == httpx.codes.OK
-        assert httpx.post(f"{address}/names/Ada").status_code == httpx.codes.ACCEPTED
+        assert httpx.get(f"{address}/ready", timeout=30).status_code == httpx.codes.OK
+        assert httpx.post(f"{address}/names/Ada", timeout=30).status_code == httpx.codes.ACCEPTED
         server.send_signal(signal.SIGTERM)
         read_until(server.stdout, "Application shutdown complete")
 

@@ -311,8 +311,9 @@ async def test_a_refusal_after_a_reconnect_is_not_the_last_word(
     channel = line.outbox._channel
     proxy.cut()
     await eventually(lambda: line.outbox._channel not in {None, channel})
+    line.outbox._refused_pause = 3  # at the deadline nothing is under way
     line.submit()
-    line.submit(timeout=0.5)
+    line.submit(timeout=1.5)
     await eventually(lambda: 1 in line.errors)
     assert isinstance(line.errors[1], NotConfirmedError)
     assert 0 not in line.errors

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import textwrap
 from asyncio.subprocess import PIPE, Process
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -76,6 +78,13 @@ async def script(url: str, queue: Queue[object], source: str) -> AsyncGenerator[
         process._transport.close()  # type: ignore[attr-defined] # or its end is never awaited
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler of a signal."""
+    caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    assert caught is not None
+    return bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 SLOW = """
 @worker.handler(queue)
 async def slow(seconds: float) -> None:
@@ -119,7 +128,10 @@ async def test_the_second_signal_stops_at_once(
         await producer.publish(queue, 600)
         assert await worker.line() == "started"
         worker.process.send_signal(number)
-        await asyncio.sleep(0.2)  # the kernel merges equal signals that are pending
+        assert worker.process.stderr is not None  # the kernel merges equal signals that are pending
+        async with asyncio.timeout(PATIENCE):
+            while b"drains" not in (said := await worker.process.stderr.readline()):
+                assert said
         worker.process.send_signal(number)
         assert await worker.line() == "cancelled"
         assert await worker.line() == "over True"
@@ -134,7 +146,7 @@ async def test_a_signal_while_connecting(url: str, queue_name: str) -> None:
     nowhere = "amqp://guest:guest@127.0.0.1:1/"
     async with script(nowhere, Queue(queue_name), 'say("go")' + SLOW) as worker:
         assert await worker.line() == "go"
-        await asyncio.sleep(0.5)  # until it has its signal handlers, which nothing shows
+        await eventually(lambda: catches(worker.process.pid, signal.SIGTERM))
         worker.process.send_signal(signal.SIGTERM)
         assert await worker.line() == "over True"
         assert await worker.ended() == 0

@@ -515,7 +515,7 @@ async def test_the_original_is_acked_after_the_confirm(
 ) -> None:
     """A dead letter whose confirm does not come leaves the original where it was."""
     queue: Queue[Any] = Queue(queue_name)
-    worker = Worker(proxy_url, timeout=1, grace=0)
+    worker = Worker(proxy_url, timeout=5, grace=0)
     published = asyncio.Event()
     confirms = 0
 
@@ -565,7 +565,7 @@ async def test_no_dead_letter_queue(
     """Without a dead-letter queue that we may declare, the message goes back and is not lost."""
     await broker.declare(queue_name)
     queue: Queue[Any] = Queue(queue_name, type="classic", declare=False)
-    worker = Worker(url, timeout=1, grace=0)
+    worker = Worker(url, grace=0)
 
     @worker.handler(queue)
     async def handle(body: Any) -> None:

@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import pytest
 
 from aioworkq import MemoryBroker, Producer, Worker, trials
-from aioworkq.message import TRIAL
+from aioworkq.connect import connection_to
+from aioworkq.message import TRIAL, Message
+from aioworkq.outbox import Outbox
 from aioworkq.trials import Trials
 from tests.consuming import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from aioworkq.broker import Connection
     from aioworkq.settle import Unsettled
+
+
+def connection(broker: MemoryBroker) -> Connection:
+    return connection_to(
+        broker,
+        owner="worker",
+        name="test",
+        heartbeat=10,
+        connect_timeout=10,
+        ssl_context=None,
+        max_message_size=1000,
+    )
+
 
 MESSAGE = cast("Unsettled", None)
 """Only handed on to the members."""
@@ -52,12 +70,17 @@ def members() -> list[Member]:
 
 
 @pytest.fixture
-def some_trials(members: list[Member], monkeypatch: pytest.MonkeyPatch) -> Trials:
+async def some_trials(
+    members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> AsyncGenerator[Trials]:
     monkeypatch.setattr(trials, "_LONGEST", 0.05)
-    some = Trials(cast("Any", None), timeout=5)
+    connected = connection(MemoryBroker())
+    await connected.start()
+    some = Trials(connected, timeout=5)
     for member in members:
         some.join(member)
-    return some
+    yield some
+    await connected.aclose(timeout=5)
 
 
 @pytest.mark.parametrize("steps", range(15))
@@ -164,12 +187,18 @@ async def test_two_suspects_in_one_queue(monkeypatch: pytest.MonkeyPatch) -> Non
             await may_end.wait()
 
     async with Producer(broker) as producer:
-        for body in ("long", "short"):
-            await producer.publish("q", body, headers={TRIAL: True})
+        await producer.publish("q", "first")  # and declare the queue
+        outbox = Outbox(connection(broker), window=10, window_bytes=1000)
+        await outbox.wait_connected(timeout=5)
+        for body in (b"long", b"short"):
+            message = Message(body, "q", headers={TRIAL: True}, content_type="text/plain")
+            wire = outbox.connection.prepare(message)
+            await outbox.publish(message, wire, deadline=outbox.loop.time() + 5)
+        await outbox.aclose(timeout=5)
         async with worker:
             await eventually(lambda: handled)
             for number in range(3):
                 await producer.publish("q", f"later {number}")
-            await eventually(lambda: len(handled) == 5)
+            await eventually(lambda: len(handled) == 6)
             may_end.set()
-    assert handled[:2] == ["long", "short"]
+    assert handled[:3] == ["first", "long", "short"]

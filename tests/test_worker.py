@@ -508,12 +508,13 @@ class TestPermissionRevoked:
         was_cancelled = False
         with pytest.raises(TopologyError, match="ACCESS_REFUSED"):
             async with worker:
-                await revoke()
+                revoking = asyncio.create_task(revoke())
                 try:
                     await asyncio.sleep(60)
                 except asyncio.CancelledError:
                     was_cancelled = True
                     raise
+        await revoking
         assert was_cancelled
         task = asyncio.current_task()
         assert task is not None
@@ -526,21 +527,22 @@ class TestPermissionRevoked:
         worker, revoke = running
         with pytest.raises(LookupError, match="mine"):
             async with worker:
-                await revoke()
+                revoking = asyncio.create_task(revoke())
                 try:
                     await asyncio.sleep(60)
                 finally:
                     raise LookupError("mine")
+        await revoking
 
     async def test_a_body_that_has_ended(self, running: tuple[Worker, Callable[[], Any]]) -> None:
         """A body that swallowed the cancellation, and ended, still hears of the error."""
         worker, revoke = running
         with pytest.raises(TopologyError):
             async with worker:
-                await revoke()
+                revoking = asyncio.create_task(revoke())
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(60)
-        await asyncio.sleep(0)
+        await revoking
 
     async def test_a_cancellation_from_outside_wins(
         self, running: tuple[Worker, Callable[[], Any]]

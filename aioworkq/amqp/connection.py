@@ -91,6 +91,11 @@ class AmqpConnection:
         max_message_size: int,
     ) -> None:
         self._urls = parse_urls(urls)
+        in_clear = [display(url) for url in self._urls if url.scheme != "amqps"]
+        if ssl_context is not None and in_clear:
+            raise ValueError(
+                f"ssl_context is given, but {in_clear[0]} is without TLS: write it as amqps://.",
+            )
         self._name = name
         self._heartbeat = heartbeat
         self._connect_timeout = connect_timeout
@@ -213,7 +218,7 @@ class AmqpConnection:
         elif isinstance(exc, aiormq_errors.AuthenticationError):
             refusal_text = reason = "no authentication mechanism is common to both sides"
         self._last_error = reason
-        self._refusals = self._refusals + 1 if refusal_text is not None else 0
+        self._refusals += refusal_text is not None  # whatever other hosts may do meanwhile
         where = display(self._robust.url) if self._robust is not None else "RabbitMQ"
         what = f"connecting to {where}"
         if refusal_text is not None and self._refusals >= len(self._urls):

@@ -35,10 +35,13 @@ def _parse(text: str) -> URL:
         scheme, host, port = parts.scheme, parts.hostname, parts.port
         url = URL(text)
     except ValueError:
+        parts = None
+    # An @ there is behind a password with a slash, a question mark or a #.
+    if parts is None or any("@" in one for one in (parts.path, parts.query, parts.fragment)):
         raise ValueError(
             f"the broker's URL cannot be parsed. {_ADVICE}, with special characters of the "
-            "password percent-encoded.",
-        ) from None
+            "password and the virtual host percent-encoded.",
+        )
     if scheme not in _SCHEMES:
         raise ValueError(f"the broker's URL has the scheme {scheme!r}. {_ADVICE}, or amqps://.")
     if not host:

@@ -9,6 +9,7 @@ cuts long header names. The layout is that of the AMQP 0-9-1 specification, sect
 from __future__ import annotations
 
 import functools
+import math
 import struct
 from datetime import datetime
 from decimal import Context, Decimal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from msgspec import Struct
 
-from aioworkq.errors import check_number
+from aioworkq.errors import check_number, is_whole
 from aioworkq.message import raw
 
 if TYPE_CHECKING:
@@ -137,6 +138,8 @@ def _content_header(message: Message) -> bytes:
         values += _table(message.headers)
     values += b"\x02" if message.persistent else b"\x01"
     if message.priority is not None:
+        if not is_whole(message.priority):
+            raise TypeError(f"priority is {message.priority!r}: it must be an int.")
         if not 0 <= message.priority <= _MAX_OCTET:
             raise ValueError(f"priority is {message.priority}: it must be from 0 to 255.")
         flags |= 0x0800
@@ -237,8 +240,13 @@ def _field(name: str, value: Any) -> bytes:
             return b"t\x01" if value else b"t\x00"
         case int() if -(2**63) <= value < 2**63:
             return b"l" + value.to_bytes(8, "big", signed=True)
-        case float():
+        case float() if math.isfinite(value):
             return b"d" + _double(value)
+        case float():
+            raise ValueError(
+                f"header {name!r} is {value}: RabbitMQ closes the connection over a float that is "
+                "no finite number.",
+            )
         case str():
             text = _utf8(f"header {name!r}", value)
             return b"S" + _long(len(text)) + text
