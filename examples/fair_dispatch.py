@@ -1,6 +1,6 @@
 """Share uneven work between two workers: each takes the next message when it is free.
 
-The first message is two seconds of work, the other seven are a moment each. With
+The first message is four seconds of work, the other seven are a moment each. With
 ``prefetch_count=1`` nothing waits behind the long one.
 """
 
@@ -12,7 +12,7 @@ from _broker import broker_url
 from aioworkq import Producer, Queue, Worker
 
 durations = Queue("fair_dispatch", float)
-seconds = [2.0] + [0.05] * 7
+seconds = [4.0] + [0.05] * 7
 
 
 async def main(url: str) -> None:

@@ -118,7 +118,7 @@ class Broker:
         answer = await (await self._open()).queue_declare(queue, passive=True)
         return answer.consumer_count or 0
 
-    async def take(self, queue: str) -> DeliveredMessage:
+    async def take(self, queue: str, *, timeout: float = PATIENCE) -> DeliveredMessage:
         """Take one message, which must come."""
         taken: list[DeliveredMessage] = []
 
@@ -126,7 +126,7 @@ class Broker:
             taken.extend(await self.take_all(queue, limit=1))
             return bool(taken)
 
-        await eventually(get)
+        await eventually(get, timeout=timeout)
         return taken[0]
 
     async def take_all(self, queue: str, *, limit: int = 1_000_000) -> list[DeliveredMessage]:

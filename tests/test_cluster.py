@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 import pytest
-from pika.exceptions import ChannelClosedByBroker, NackError
+from pika.exceptions import ChannelClosedByBroker, ConnectionClosedByBroker, NackError
 
 from aioworkq.errors import StateError
 from aioworkq.testing import NodeError, RabbitMQ, RabbitMQCluster
@@ -46,7 +46,7 @@ async def publish_to_survivor(url: str, queue: str, body: bytes) -> None:
         while True:
             try:
                 await in_thread(publish, url, queue, body, "quorum")
-            except (NackError, ChannelClosedByBroker):
+            except (NackError, ChannelClosedByBroker, ConnectionClosedByBroker):
                 await anyio.sleep(0.1)
             else:
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from decimal import Decimal
 from typing import Any, TypedDict
 
@@ -58,6 +59,22 @@ class User(pydantic.BaseModel):
     age: int = pydantic.Field(ge=0)
 
 
+class Account(pydantic.BaseModel):
+    user_id: int = pydantic.Field(alias="userId")
+    likes: set[str] = set()
+
+
+class Half(pydantic.BaseModel):
+    user_id: int = pydantic.Field(0, validation_alias="userId")
+
+
+class Whole(pydantic.BaseModel):
+    user_id: int = pydantic.Field(validation_alias="userId")
+
+
+USER_ID = {"userId": 7}
+
+
 @dataclasses.dataclass
 class Letter:
     sender: User
@@ -71,6 +88,8 @@ class Letter:
         (Point, Point(1, 2), JSON),
         (Car, Car(4), JSON),
         (User, User(name="ada", age=3), JSON),
+        (Account, Account(userId=7, likes={"a", "b", "c"}), JSON),
+        (list[Account], [Account(userId=7)], JSON),
         (Letter, Letter(User(name="ada", age=3)), JSON),
         (list[User], [User(name="ada", age=3)], JSON),
         (Circle | Square, Square(2.5), JSON),
@@ -227,3 +246,28 @@ def test_a_type_that_has_no_bodies_is_refused() -> None:
     """Where the handler is registered."""
     with pytest.raises(TypeError, match="bodies cannot be of type"):
         codec_for(dict[int | bytes, Point | Email | Car])
+
+
+def test_a_model_that_reads_other_names_than_it_writes_is_refused() -> None:
+    """By the producer, before a worker misses a field, or takes its default."""
+    with pytest.raises(TypeError, match="this Half would be another one when it is decoded"):
+        codec_for(Half).encode(Half.model_validate(USER_ID))
+    with pytest.raises(TypeError, match="this Whole could not be decoded again"):
+        codec_for(Whole).encode(Whole.model_validate(USER_ID))
+    unchecked = User.model_construct(name="ada", age=-1)
+    with pytest.raises(TypeError, match="this User could not be decoded again"):
+        codec_for(User).encode(unchecked)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_a_number_that_json_has_not_is_refused(number: float) -> None:
+    """It would become null without a word."""
+    for body_type, value in (
+        (Any, number),
+        (Any, {"a": [None, number]}),
+        (float | None, number),
+        (float, number),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            codec_for(body_type).encode(value)
+    assert codec_for(Any).encode({"a": None, "b": "null", 3: [None]}).body

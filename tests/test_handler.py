@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 import anyio
 import pytest
@@ -136,6 +136,39 @@ def test_annotations_that_cannot_be_evaluated_are_read_as_text() -> None:
     assert handler.delivery_parameter == "it"
 
 
+def test_each_annotation_is_read_by_itself() -> None:
+    """One that cannot be evaluated takes no other one with it."""
+
+    class Local:
+        pass
+
+    async def handle(
+        email: Email, it: Delivery | None = None, more: Local | None = None
+    ) -> None: ...
+
+    handler = make(handle, Queue("emails"))
+    assert handler.delivery_parameter == "it"
+    assert handler.decode(delivery()) == Email("ada")
+
+    async def local(email: Local) -> None: ...
+
+    with pytest.raises(TypeError, match=r"takes Local, a name that cannot be read .* Queue\('q', "):
+        make(local, Queue("q"))
+
+
+@pytest.mark.parametrize(
+    "annotation",
+    [Delivery | None, Optional[Delivery], "Optional[Delivery]", "Delivery | None"],  # noqa: UP045
+)
+def test_a_delivery_may_be_optional(annotation: Any) -> None:
+    """It is given all the same."""
+
+    async def handle(email: Email, it: Any = None) -> None: ...
+
+    handle.__annotations__["it"] = annotation
+    assert make(handle).delivery_parameter == "it"
+
+
 def test_a_bare_queue_takes_the_type_of_the_parameter() -> None:
     """@worker.handler("emails") with an annotated body."""
     handler = make(body_only, Queue("emails"))
@@ -158,6 +191,12 @@ def test_callables_of_all_kinds_are_handlers() -> None:
     assert make(Mailer()).is_async
     assert not make(Plain()).is_async
     assert make(functools.partial(with_option, 5)).is_async
+    by_name = make(functools.partial(with_option, option=5))
+    assert by_name.body_parameter == "email"
+
+    async def plain(email: Email) -> None: ...
+
+    assert make(staticmethod(plain)).is_async
 
 
 @pytest.mark.parametrize(

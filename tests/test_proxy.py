@@ -327,18 +327,18 @@ async def test_a_delay_is_added_and_keeps_the_order(
     client: Peer, server: Peer, front: Proxy
 ) -> None:
     """Latency is added, throughput is not taken: what is sent together arrives together."""
-    front.delay(0.2)
+    front.delay(2)
     start = time.monotonic()
     for number in range(10):
         await client.send(b"%d" % number)
         await asyncio.sleep(0)
     assert await server.receive(10) == b"0123456789"
-    assert 0.2 <= time.monotonic() - start < 1
+    assert 2 <= time.monotonic() - start < 10
     front.delay(0)
     start = time.monotonic()
     await client.send(b"x")
     assert await server.receive(1) == b"x"
-    assert time.monotonic() - start < 0.2
+    assert time.monotonic() - start < 2
 
 
 async def test_frames_are_injected_between_frames(client: Peer, server: Peer, front: Proxy) -> None:
@@ -419,7 +419,7 @@ async def test_nothing_is_left_open() -> None:
         async with connected(proxy):
             await proxy.wait_connections(3)
     async with asyncio.timeout(10):
-        while open_files() != before:
+        while open_files() > before:
             await asyncio.sleep(0)
 
 

@@ -87,6 +87,7 @@ def test_a_bare_name_is_short_for_a_queue() -> None:
         ("q" * 251, "has 251 bytes: it may have 250"),
         ("ü" * 130, "has 260 bytes"),
         ("amq.gen", "starts with 'amq.'"),
+        ("read from a file\n", "has a line break, which RabbitMQ leaves out"),
         ("\ud800", "not valid Unicode"),
     ],
 )

@@ -119,6 +119,9 @@ def test_a_queue_whose_node_is_down_is_waited_for(error: Any) -> None:
         ("amqp://guest:secret@host:99999/", "cannot be parsed"),
         ("amqp://guest:secret@host:0/", "has port 0"),
         ("amqp://guest:secret@[::1/", "cannot be parsed"),
+        ("amqp://guest:123/secret@host/", "cannot be parsed"),
+        ("amqp://guest:123?secret@host/", "cannot be parsed"),
+        ("amqp://guest:123#secret@host/", "cannot be parsed"),
     ],
 )
 def test_a_wrong_url_is_refused_without_showing_its_password(url: str, sentence: str) -> None:

@@ -27,7 +27,7 @@ from aioworkq import (
 from tests.consuming import Broker, eventually, publish_all
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from aioworkq.testing import RabbitMQ
     from tests.proxy import Proxy
@@ -485,13 +485,13 @@ class TestPermissionRevoked:
     @pytest.fixture
     async def running(
         self, rabbitmq: RabbitMQ, stranger: str, queue_name: str
-    ) -> tuple[Worker, Callable[[], Any]]:
+    ) -> AsyncGenerator[tuple[Worker, Callable[[], None]]]:
         user = queue_name.replace(".", "_")
         await rabbitmq.set_permissions(user, vhost=queue_name)
         worker = Worker(stranger)
         worker.handler(queue_name)(handle)
 
-        async def revoke() -> None:
+        async def revoke_all() -> None:
             await rabbitmq.set_permissions(
                 user, vhost=queue_name, configure="^$", write="^$", read="^$"
             )
@@ -500,52 +500,52 @@ class TestPermissionRevoked:
                 await broker.delete(queue_name)
                 await broker.declare(queue_name)
 
-        return worker, revoke
+        revoking: list[asyncio.Task[None]] = []
+        # It goes on beside the worker, which may fail before it is through.
+        yield worker, lambda: revoking.append(asyncio.create_task(revoke_all()))
+        await asyncio.gather(*revoking)
 
-    async def test_cancels_the_body(self, running: tuple[Worker, Callable[[], Any]]) -> None:
+    async def test_cancels_the_body(self, running: tuple[Worker, Callable[[], None]]) -> None:
         """`async with` cancels its body and raises the worker's error when the worker fails."""
         worker, revoke = running
         was_cancelled = False
         with pytest.raises(TopologyError, match="ACCESS_REFUSED"):
             async with worker:
-                revoking = asyncio.create_task(revoke())
+                revoke()
                 try:
                     await asyncio.sleep(60)
                 except asyncio.CancelledError:
                     was_cancelled = True
                     raise
-        await revoking
         assert was_cancelled
         task = asyncio.current_task()
         assert task is not None
         assert task.cancelling() == 0
 
     async def test_an_error_of_the_body_wins(
-        self, running: tuple[Worker, Callable[[], Any]]
+        self, running: tuple[Worker, Callable[[], None]]
     ) -> None:
         """What the body raises in answer is what the caller sees."""
         worker, revoke = running
         with pytest.raises(LookupError, match="mine"):
             async with worker:
-                revoking = asyncio.create_task(revoke())
+                revoke()
                 try:
                     await asyncio.sleep(60)
                 finally:
                     raise LookupError("mine")
-        await revoking
 
-    async def test_a_body_that_has_ended(self, running: tuple[Worker, Callable[[], Any]]) -> None:
+    async def test_a_body_that_has_ended(self, running: tuple[Worker, Callable[[], None]]) -> None:
         """A body that swallowed the cancellation, and ended, still hears of the error."""
         worker, revoke = running
         with pytest.raises(TopologyError):
             async with worker:
-                revoking = asyncio.create_task(revoke())
+                revoke()
                 with contextlib.suppress(asyncio.CancelledError):
                     await asyncio.sleep(60)
-        await revoking
 
     async def test_a_cancellation_from_outside_wins(
-        self, running: tuple[Worker, Callable[[], Any]]
+        self, running: tuple[Worker, Callable[[], None]]
     ) -> None:
         """A body that was cancelled by others too ends as cancelled: that is never swallowed."""
         worker, revoke = running
@@ -561,7 +561,7 @@ class TestPermissionRevoked:
 
         task = asyncio.create_task(body())
         await entered.wait()
-        await revoke()
+        revoke()
         await eventually(lambda: task.cancelling() == 1)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -96,6 +96,8 @@ class AmqpConnection:
             raise ValueError(
                 f"ssl_context is given, but {in_clear[0]} is without TLS: write it as amqps://.",
             )
+        access = {(url.raw_user, url.raw_password, url.raw_path) for url in self._urls}
+        self._have_same_access = len(access) == 1
         self._name = name
         self._heartbeat = heartbeat
         self._connect_timeout = connect_timeout
@@ -218,7 +220,10 @@ class AmqpConnection:
         elif isinstance(exc, aiormq_errors.AuthenticationError):
             refusal_text = reason = "no authentication mechanism is common to both sides"
         self._last_error = reason
-        self._refusals += refusal_text is not None  # whatever other hosts may do meanwhile
+        if refusal_text is not None:
+            self._refusals += 1
+        elif not self._have_same_access:
+            self._refusals = 0  # it may be right for this host, once it answers
         where = display(self._robust.url) if self._robust is not None else "RabbitMQ"
         what = f"connecting to {where}"
         if refusal_text is not None and self._refusals >= len(self._urls):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from yarl import URL
 
@@ -34,14 +34,12 @@ def _parse(text: str) -> URL:
         parts = urlsplit(text)
         scheme, host, port = parts.scheme, parts.hostname, parts.port
         url = URL(text)
+        _check_at(parts)
     except ValueError:
-        parts = None
-    # An @ there is behind a password with a slash, a question mark or a #.
-    if parts is None or any("@" in one for one in (parts.path, parts.query, parts.fragment)):
         raise ValueError(
             f"the broker's URL cannot be parsed. {_ADVICE}, with special characters of the "
             "password and the virtual host percent-encoded.",
-        )
+        ) from None
     if scheme not in _SCHEMES:
         raise ValueError(f"the broker's URL has the scheme {scheme!r}. {_ADVICE}, or amqps://.")
     if not host:
@@ -55,6 +53,12 @@ def _parse(text: str) -> URL:
             "seconds. Without heartbeats a dead peer is never noticed.",
         )
     return url if port else url.with_port(_SCHEMES[scheme])
+
+
+def _check_at(parts: SplitResult) -> None:
+    """Refuse a password with a slash, a question mark or a #: what follows is no host's."""
+    if any("@" in part for part in (parts.path, parts.query, parts.fragment)):
+        raise ValueError
 
 
 def display(url: URL) -> str:

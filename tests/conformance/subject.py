@@ -189,7 +189,8 @@ class Subject:
             await self._node.eval(
                 '[rabbit_networking:close_connection(Pid, "on request") || '
                 "Pid <- rabbit_networking:connections(), "
-                "proplists:get_value(vhost, rabbit_networking:connection_info(Pid, [vhost])) "
+                "(catch proplists:get_value(vhost, "
+                "rabbit_networking:connection_info(Pid, [vhost]))) "
                 f'=:= <<"{vhost}">>]'
             )
 

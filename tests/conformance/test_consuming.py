@@ -321,9 +321,10 @@ async def test_a_queue_can_be_deleted(subject: Subject, arguments: dict[str, Any
 
 async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
     """With x-expires, a queue goes when it had no consumer, and nobody looked, for so long."""
-    lease = 500  # milliseconds
+    lease = 4000  # milliseconds
     async with subject.connect() as connection:
         await start(connection, {"x-expires": lease}, queue="unused")
+        await connection.count_messages("unused", timeout=TIMEOUT)
         await start(connection, {"x-expires": lease}, queue="used")
         consumer = await subject.consume(connection, "used")
         publishing = await publisher(connection)
@@ -332,7 +333,6 @@ async def test_an_unused_queue_goes_by_itself(subject: Subject) -> None:
             # To look for it would be a use.
             return await publishing.publish(Message(b"x", queue)) is Confirm.RETURNED
 
-        await connection.count_messages("unused", timeout=TIMEOUT)
         await subject.eventually(lambda: is_gone("unused"))
         assert not await is_gone("used")
         await consumer.settled().aclose(timeout=5)

@@ -9,6 +9,7 @@ handled message, around each kill.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import random
@@ -25,6 +26,8 @@ from tests.consuming import eventually
 from tests.nodes import write_down
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from aioworkq.testing import RabbitMQ
 
 PUBLISHERS = 10
@@ -119,6 +122,14 @@ def gap(times: list[float], begin: float) -> float:
     return max(later - earlier for earlier, later in pairs if later >= begin)
 
 
+@contextlib.asynccontextmanager
+async def settled_by(worker: Worker, log: Log) -> AsyncGenerator[None]:
+    """Run a worker, and let it handle in the end what was confirmed."""
+    async with worker:
+        yield
+        await eventually(lambda: not log.lost, timeout=PATIENCE)
+
+
 @pytest.mark.rabbitmq
 @pytest.mark.slow
 @pytest.mark.timeout(900)
@@ -139,11 +150,15 @@ async def test_the_leader_is_killed(
             log.handled.setdefault(number, time.monotonic())
             log.runs[number] += 1
 
-        async with worker, Producer(cluster.urls) as producer, asyncio.TaskGroup() as tasks:
+        async with (
+            settled_by(worker, log),
+            Producer(cluster.urls) as producer,
+            asyncio.TaskGroup() as tasks,
+        ):
             for _ in range(PUBLISHERS):
                 tasks.create_task(log.publish(producer, queue, stop))
             for number in range(10 if is_long else 2):
-                await eventually(log.goes_on, log.published)
+                await eventually(log.goes_on, log.published, timeout=PATIENCE)
                 node = await leader_of(queue_name, cluster)
                 was_used = producer.statistics().reconnects, worker.statistics().reconnects
                 await write_down(node)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from aioworkq import ConnectionLostError, Producer, Queue, StateError
+from aioworkq import AccessRefusedError, ConnectionLostError, Producer, Queue, StateError
 from aioworkq.amqp import AmqpConnection
 from aioworkq.testing import RabbitMQ, TLSFiles
 from tests.consuming import Broker, eventually
@@ -73,7 +73,7 @@ async def test_a_host_that_accepts_and_says_nothing_is_given_up(
 ) -> None:
     """A host that never answers the handshake costs `connect_timeout`, and does not hang."""
     proxy.half_open()
-    producer = Producer(proxy_url, timeout=0.8, connect_timeout=0.2)
+    producer = Producer(proxy_url, timeout=3, connect_timeout=0.2)
     with pytest.raises(ConnectionLostError, match=r"connecting to RabbitMQ: .*answer"):
         await producer.start()
     assert proxy.total_connections >= 2
@@ -155,9 +155,18 @@ async def test_several_hosts_are_tried_in_turn(url: str, proxy: Proxy, queue: Qu
         silent.half_open()
         proxy.refuse()
         urls = [proxy.url(url), silent.url(url), url]
-        async with Producer(urls, connect_timeout=0.3) as producer:
+        async with Producer(urls, connect_timeout=2) as producer:
             await producer.publish(queue, b"x")
         assert silent.total_connections == 1
+
+
+async def test_a_refusal_counts_though_another_host_is_down(url: str, proxy: Proxy) -> None:
+    """The hosts are those of one cluster: what one of them refuses again, no other one takes."""
+    proxy.refuse()
+    wrong = url.replace("guest:guest", "guest:wrong")
+    producer = Producer([proxy.url(wrong), wrong], timeout=60)
+    with pytest.raises(AccessRefusedError, match="ACCESS_REFUSED"):
+        await producer.start()
 
 
 async def test_another_host_takes_over_when_one_fails(
@@ -179,7 +188,7 @@ async def test_another_host_takes_over_when_one_fails(
 async def test_one_refusing_host_among_several_is_not_the_end(
     url: str, proxy: Proxy, rabbitmq: RabbitMQ, queue: Queue[bytes]
 ) -> None:
-    """A wrong password at one host and no answer at another may still become right."""
+    """A wrong password at one host says nothing of the one at another that does not answer yet."""
     wrong = url.replace("guest:guest", f"guest:{SECRET}")
     proxy.refuse()
     producer = Producer([wrong, proxy.url(url)], timeout=30)
@@ -281,11 +290,9 @@ async def test_tls_and_plain_that_meet_do_not_hang(
     """amqps:// to a plain port, and amqp:// to a TLS port, fail within the timeout."""
     plain = tls_node.url.replace("amqp://", "amqps://")
     tls = tls_node.tls_url.replace("amqps://", "amqp://")
-    for url in (plain, tls):
+    for url, context in ((plain, authority.context), (tls, None)):
         with pytest.raises(ConnectionLostError):
-            await Producer(
-                url, ssl_context=authority.context, timeout=1, connect_timeout=0.4
-            ).start()
+            await Producer(url, ssl_context=context, timeout=1, connect_timeout=0.4).start()
 
 
 async def test_a_stalled_tls_connection_closes_in_time(
@@ -293,9 +300,10 @@ async def test_a_stalled_tls_connection_closes_in_time(
 ) -> None:
     """A TLS peer that is silent cannot hold up close(), nor the next attempt to connect."""
     url = tls_proxy.url(tls_node.tls_url)
-    producer = Producer(url, ssl_context=authority.context, timeout=0.3)
+    producer = Producer(url, ssl_context=authority.context, timeout=20)
     await producer.start()
-    await producer.publish(queue, b"1", timeout=20)
+    await producer.publish(queue, b"1")
+    producer._timeout = 0.3
     tls_proxy.half_open()
     async with asyncio.timeout(15):
         await producer.close()

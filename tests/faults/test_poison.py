@@ -107,8 +107,8 @@ async def test_the_neighbours_of_a_poison_message(
     names = (own.name, other.name)
     work = asyncio.create_task(live_and_die(url, kind, concurrency, attempts, log, *names))
     try:
-        (dead,) = [await broker.take(own.dead_letter_queue)]
-        await eventually(lambda: done() == innocent)
+        (dead,) = [await broker.take(own.dead_letter_queue, timeout=100)]
+        await eventually(lambda: done() == innocent, timeout=100)
     finally:
         work.cancel()
         await asyncio.wait([work])

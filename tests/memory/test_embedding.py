@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import subprocess
 import sys
 from datetime import timedelta
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from aioworkq import (
     Producer,
     Queue,
     Reject,
+    Requeue,
     RetryLater,
     RetryPolicy,
     StateError,
@@ -197,3 +200,174 @@ def test_equal_messages_have_marks_of_their_own() -> None:
 
     assert _mark(copy("1")) == _mark(copy("1"))
     assert len({_mark(copy("1")), _mark(copy("2")), _mark(copy(True))}) == 3
+
+
+class InterruptedQueryError(Exception):
+    """What a driver makes of a cancellation."""
+
+
+async def translated() -> None:
+    try:
+        await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        raise InterruptedQueryError from None
+
+
+async def failing_cleanup() -> None:
+    async def child() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise InterruptedQueryError
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(child())
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("answer", [translated, failing_cleanup])
+@pytest.mark.parametrize("is_batch", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [{"on_error": "discard"}, {"on_error": "dead-letter"}, {"attempts": 1}, {"timeout": 600}],
+)
+async def test_an_error_in_answer_to_the_end_of_the_worker(
+    options: dict[str, Any], answer: Any, *, is_batch: bool
+) -> None:
+    """What is cancelled at a stop has not failed, whatever it raises: its message goes back."""
+    broker, begun = MemoryBroker(), asyncio.Event()
+    worker, attempts = Worker(broker, grace=0), list[int]()
+
+    async def handle(_: Any) -> None:
+        begun.set()
+        await answer()
+
+    if is_batch:
+        worker.batch_handler("q", max_wait=0, **options)(handle)
+    else:
+        worker.handler("q", **options)(handle)
+    async with worker, Producer(broker) as producer:
+        await producer.publish("q", "precious")
+        await begun.wait()
+    assert broker.dead("q") == []
+    assert worker.statistics().failed == 0
+
+    second = Worker(broker)
+
+    @second.handler("q")
+    async def take(_: object, delivery: aioworkq.Delivery) -> None:
+        attempts.append(delivery.attempt)
+
+    async with second:
+        await eventually(lambda: attempts)
+    assert attempts == [1]
+
+
+async def test_what_a_handler_asks_for_when_it_is_cancelled() -> None:
+    """Its own word holds: a `Reject` is no accident."""
+    broker, begun = MemoryBroker(), asyncio.Event()
+    worker = Worker(broker, grace=0)
+
+    @worker.handler("q")
+    async def handle(_: object) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            raise Reject("half done")
+
+    async with worker, Producer(broker) as producer:
+        await producer.publish("q", "x")
+        await begun.wait()
+    assert broker.dead("q") == ["x"]
+
+
+async def test_attempts_end_though_no_copy_can_count_them() -> None:
+    """A classic queue cannot count, and takes no copy: this process counts, and does not spin."""
+    broker, starts = MemoryBroker(clock="virtual"), list[tuple[int, float]]()
+    queue, worker, began = Queue("q", str, type="classic"), Worker(broker), broker.now()
+
+    @worker.handler(queue, attempts=4)
+    async def handle(_: str, delivery: aioworkq.Delivery) -> None:
+        starts.append((delivery.attempt, (broker.now() - began).total_seconds()))
+        raise LookupError
+
+    async with Producer(broker) as producer, worker:
+        await producer.publish(queue, "x")
+        broker.fail_next("refuse publish", queue=queue, times=100)
+        await broker.advance(120)
+    assert [attempt for attempt, _ in starts] == [1, 2, 3, 4]
+    assert starts[-1][1] - starts[1][1] >= 10, "two pauses of five seconds"
+    assert broker.dead(queue) == ["x"]
+
+
+async def test_ids_are_made_at_the_start() -> None:
+    """Processes that are forked between the making of a producer and its start have their own."""
+    producer = Producer(MemoryBroker())
+    assert not producer._ids
+    async with producer:
+        first = await producer.publish("q", "x")
+        assert first == f"{producer._ids}-1"
+        assert len(first) > 20
+
+
+async def test_another_event_loop_is_an_error_at_once() -> None:
+    """And nothing is stored: not an error after the fact."""
+    broker = MemoryBroker()
+    async with Producer(broker) as producer:
+        await producer.publish("q", "x")
+
+        def elsewhere() -> None:
+            with pytest.raises(StateError, match="another event loop"):
+                asyncio.run(producer.publish("q", "y"))
+            with pytest.raises(StateError, match="another event loop"):
+                asyncio.run(producer.publish_many("q", ["y"]))
+
+        await asyncio.to_thread(elsewhere)
+        assert broker.counts("q") == (1, 0)
+
+
+def test_a_tls_context_without_tls_is_refused() -> None:
+    """It would be ignored, and the password sent in clear."""
+    context = ssl.create_default_context()
+    for url in ("amqp://host/", ["amqps://host/", "amqp://other/"]):
+        with pytest.raises(ValueError, match="without TLS: write it as amqps://"):
+            Producer(url, ssl_context=context)
+    with pytest.raises(ValueError, match="not memory://name") as caught:
+        Producer("memory://user:secret@name")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [Decimal(5), "5", timedelta(seconds=5), True])
+async def test_what_is_no_number_is_told_at_once(value: Any) -> None:
+    """And not by the first message."""
+    for option in ("timeout", "heartbeat", "connect_timeout"):
+        with pytest.raises(TypeError, match=rf"{option} is .*: it must be a number"):
+            Producer("amqp://host/", **{option: value})
+    number: Any = Decimal(5)
+    for option in ("window", "max_message_size"):
+        with pytest.raises(TypeError, match=rf"{option} is .*: it must be an int"):
+            Producer("amqp://host/", **{option: number})
+    with pytest.raises(TypeError, match=r"timeout is .*: it must be a number"):
+        Worker("amqp://host/").handler("q", timeout=value)
+    async with Producer(MemoryBroker()) as producer:
+        with pytest.raises(TypeError, match=r"priority is .*: it must be an int"):
+            await producer.publish("q", "x", priority=value)
+        for one in (bytearray(b"ab"), memoryview(b"ab"), {"a": 1}):
+            with pytest.raises(TypeError, match="bodies must be an iterable of bodies"):
+                await producer.publish_many("q", one)
+
+
+async def test_a_pause_that_no_clock_can_wait_for() -> None:
+    """Fails the message and not the worker."""
+    broker = MemoryBroker()
+    worker = Worker(broker)
+    pauses: list[Any] = [Decimal(5), 10**400]
+
+    @worker.handler("q", on_error=lambda exc, delivery: Requeue(pause=pauses.pop()), attempts=2)
+    async def handle(_: object) -> None:
+        raise LookupError
+
+    async with worker, Producer(broker) as producer:
+        await producer.publish("q", "x")
+        await eventually(lambda: broker.dead("q") == ["x"])
