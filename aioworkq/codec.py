@@ -211,6 +211,7 @@ class PydanticCodec:
 
 
 _JSON_ANY: Final = msgspec.json.Decoder()
+_STRICT_JSON: Final = json.JSONEncoder(allow_nan=False)
 _JSON_STR: Final = msgspec.json.Decoder(str)
 
 
@@ -247,7 +248,7 @@ def _refuse_nan(value: Any) -> None:
         ValueError: There is one.
     """
     builtins = msgspec.to_builtins(value, enc_hook=_encode_foreign, str_keys=True)
-    json.dumps(builtins, allow_nan=False)
+    _STRICT_JSON.encode(builtins)
 
 
 def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> Any:
