@@ -157,9 +157,12 @@ class Calls:
                 spread=random.random(),  # noqa: S311 - jitter
             )
             check_outcome(outcome, "on_error returned")
-        except Exception as broken:  # on_error is the user's function
+        except (Exception, SystemExit) as broken:  # on_error is the user's function
             _log.exception("on_error of handler %s failed.", self._handler.name)
-            outcome = outcome_of(broken, delivery, attempts=options.attempts)
+            error = broken
+            if not isinstance(error, Exception):
+                error = RuntimeError(f"on_error raised {type(broken).__name__}")
+            outcome = outcome_of(error, delivery, attempts=options.attempts)
         outcome = bounded(outcome, delivery, attempts=options.attempts, exc=exc)
         if run.has_failed:
             self._counts.failed += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import decimal
 import logging
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -334,10 +335,15 @@ def raising(exc: Exception, delivery: Delivery) -> Outcome:
     raise LookupError("on_error is broken too")
 
 
+def leaving(exc: Exception, delivery: Delivery) -> Outcome:
+    sys.exit("on_error would end the process")
+
+
 @pytest.mark.parametrize(
     "on_error",
     [
         raising,
+        leaving,
         coroutine,
         lambda exc, delivery: None,
         lambda exc, delivery: "requeue",
@@ -345,7 +351,7 @@ def raising(exc: Exception, delivery: Delivery) -> Outcome:
         lambda exc, delivery: Requeue(pause=-1),
         lambda exc, delivery: Retry(delay="soon"),  # type: ignore[arg-type]
     ],
-    ids=["raises", "async", "none", "str", "nan", "negative", "text"],
+    ids=["raises", "exits", "async", "none", "str", "nan", "negative", "text"],
 )
 async def test_broken_on_error(
     broker: Broker,
