@@ -247,8 +247,11 @@ def _refuse_nan(value: Any) -> None:
     Raises:
         ValueError: There is one.
     """
-    builtins = msgspec.to_builtins(value, enc_hook=_encode_foreign, str_keys=True)
-    _STRICT_JSON.encode(builtins)
+
+    def encode(part: Any) -> Any:
+        return None if isinstance(part, msgspec.Raw) else _encode_foreign(part)
+
+    _STRICT_JSON.encode(msgspec.to_builtins(value, enc_hook=encode, str_keys=True))
 
 
 def _decode_json(decoder: msgspec.json.Decoder[Any], body: bytes, name: str) -> Any:

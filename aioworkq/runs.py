@@ -179,8 +179,8 @@ class Runs:
                 redelivered=incoming.redelivered,
                 excused=self._duplicates.excused(message) if incoming.redelivered else 0,
             )
-            if incoming.redelivered and not is_counted_by_broker(message.headers):
-                # No copy could be published to count them.
+            could_copy = not self._settler.counts.failed_copies
+            if incoming.redelivered and not (could_copy or is_counted_by_broker(message.headers)):
                 known = own_attempts(message.headers) + self._duplicates.returns(message)
                 used = max(used, known)
         delivery = Delivery(
