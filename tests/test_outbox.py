@@ -266,9 +266,14 @@ async def test_a_channel_on_which_a_queue_refuses_all_is_replaced(
 
 
 async def test_replacing_a_channel_sends_nothing_twice(
-    line: Line, full_queue: Broker, proxy: Proxy, queue_name: str
+    line: Line,
+    full_queue: Broker,
+    proxy: Proxy,
+    queue_name: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What is under way when a channel is replaced is answered on it."""
+    monkeypatch.setattr("aioworkq.outbox._DRAIN_TIMEOUT", 20.0)
     other = line.beside(f"{queue_name}.other")
     await full_queue.declare(other.queue)
     channel = line.outbox._channel

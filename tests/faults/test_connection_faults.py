@@ -431,7 +431,7 @@ async def test_many_short_lives_leave_no_socket(url: str, queue: Queue[bytes]) -
     for _ in range(15):
         async with Producer(url) as producer:
             await producer.publish(queue, b"x")
-    assert open_files() <= before
+    await eventually(lambda: open_files() <= before)
     async with Broker(url) as broker:
         assert await broker.ready(queue.name) == 16
 
