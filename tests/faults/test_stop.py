@@ -569,7 +569,10 @@ async def ten(broker: Broker, queue: str) -> bool:
 
 @pytest.mark.parametrize("on_error", ["requeue", "dead-letter", "discard"])
 def test_the_end_of_the_event_loop_is_no_error_of_a_handler(
-    url: str, queue_name: str, on_error: Any
+    url: str,
+    queue_name: str,
+    documented_calls: bool,  # noqa: FBT001 - a fixture
+    on_error: Any,
 ) -> None:
     """`asyncio.run` cancels every task that is left: what runs is handed over again."""
     attempts: list[int] = []
@@ -601,4 +604,5 @@ def test_the_end_of_the_event_loop_is_no_error_of_a_handler(
     left_running: list[asyncio.Task[None]] = []
     asyncio.run(leave_it_running())
     asyncio.run(take_it())
-    assert len(attempts) == 1
+    # By documented calls the copy of what goes back may be on its way already: then there are two.
+    assert len(attempts) == 1 or (documented_calls and len(attempts) == 2)
