@@ -77,13 +77,15 @@ class Calls:
         """
         options = self._handler.options
         if options.timeout is None and options.on_connection_loss != "cancel":
-            return self._answer(runs, await self._call(body, delivery, thread))
+            error = await self._call(body, delivery, thread)
+            return None if error is None else self._answer(runs, error)
         with anyio.CancelScope() as scope:
             for run in runs:
                 run.scope = scope
             if options.timeout is not None:
                 scope.deadline = anyio.current_time() + options.timeout
-            return self._answer(runs, await self._call(body, delivery, thread))
+            error = await self._call(body, delivery, thread)
+            return None if error is None else self._answer(runs, error)
         # The scope was cancelled: by its deadline, or because the connection was lost.
         if thread is not None and not thread.has_ended.is_set():
             for run in runs:
@@ -97,12 +99,12 @@ class Calls:
         cancels = self._handler.options.on_connection_loss == "cancel"
         return cancels and any(run.delivery.lost for run in runs)
 
-    def _answer(self, runs: Sequence[Run], error: Exception | None) -> Exception | Requeue | None:
+    def _answer(self, runs: Sequence[Run], error: Exception) -> Exception | Requeue:
         """Say what an error of the handler is: its answer to being cancelled is no failure.
 
         A driver may turn a cancellation into an error of its own, and a cleanup may fail.
         """
-        if error is None or isinstance(error, Signal | BatchError):
+        if isinstance(error, Signal | BatchError):
             return error
         is_cancelled = any(run.life.cancel_called for run in runs) or self._tasks.are_cancelled
         if not (is_cancelled or self._are_given_up(runs)):

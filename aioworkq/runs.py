@@ -169,8 +169,9 @@ class Runs:
     def on_delivery(self, subscription: Subscription, incoming: Incoming) -> None:
         """Take a delivery: hold it, start it, or keep it until there is room."""
         message = incoming.message
-        if self._is_classic and is_counted_by_broker(message.headers):  # by another queue
-            message.headers = without_counts(message.headers)
+        headers = message.headers
+        if self._is_classic and headers and is_counted_by_broker(headers):  # by another queue
+            message.headers = without_counts(headers)
         is_trial = TRIAL in message.headers
         used = own_attempts(message.headers)
         if not is_trial:
