@@ -10,13 +10,26 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from aioworkq.outbox import Outbox
 from tests.consuming import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
 
-    from aioworkq import Producer
+    from aioworkq import MemoryBroker, Message, Producer
     from aioworkq.testing import RabbitMQ
+
+
+async def publish_as_another_client(broker: MemoryBroker, message: Message) -> None:
+    """Publish a message with all the headers that it has, which no `Producer` does."""
+    connection = broker.connection(name="other", owner="producer", max_message_size=1000)
+    outbox = Outbox(connection, window=10, window_bytes=1000)
+    try:
+        await outbox.wait_connected(timeout=5)
+        wire = connection.prepare(message)
+        await outbox.publish(message, wire, deadline=outbox.loop.time() + 5)
+    finally:
+        await outbox.aclose(timeout=5)
 
 
 @pytest.fixture(autouse=True)

@@ -8,29 +8,15 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from aioworkq import MemoryBroker, Producer, Worker, trials
-from aioworkq.connect import connection_to
 from aioworkq.message import TRIAL, Message
-from aioworkq.outbox import Outbox
 from aioworkq.trials import Trials
 from tests.consuming import eventually
+from tests.publishing import publish_as_another_client
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from aioworkq.broker import Connection
     from aioworkq.settle import Unsettled
-
-
-def connection(broker: MemoryBroker) -> Connection:
-    return connection_to(
-        broker,
-        owner="worker",
-        name="test",
-        heartbeat=10,
-        connect_timeout=10,
-        ssl_context=None,
-        max_message_size=1000,
-    )
 
 
 MESSAGE = cast("Unsettled", None)
@@ -74,7 +60,7 @@ async def some_trials(
     members: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> AsyncGenerator[Trials]:
     monkeypatch.setattr(trials, "_LONGEST", 0.05)
-    connected = connection(MemoryBroker())
+    connected = MemoryBroker().connection(name="test", owner="worker", max_message_size=1000)
     await connected.start()
     some = Trials(connected, timeout=5)
     for member in members:
@@ -188,13 +174,9 @@ async def test_two_suspects_in_one_queue(monkeypatch: pytest.MonkeyPatch) -> Non
 
     async with Producer(broker) as producer:
         await producer.publish("q", "first")  # and declare the queue
-        outbox = Outbox(connection(broker), window=10, window_bytes=1000)
-        await outbox.wait_connected(timeout=5)
         for body in (b"long", b"short"):
             message = Message(body, "q", headers={TRIAL: True}, content_type="text/plain")
-            wire = outbox.connection.prepare(message)
-            await outbox.publish(message, wire, deadline=outbox.loop.time() + 5)
-        await outbox.aclose(timeout=5)
+            await publish_as_another_client(broker, message)
         async with worker:
             await eventually(lambda: handled)
             for number in range(3):

@@ -9,19 +9,8 @@ import pytest
 
 from aioworkq import Delivery, MemoryBroker, Producer, Queue, Worker
 from aioworkq.message import OUR_HEADERS, Message
-from aioworkq.outbox import Outbox
 from aioworkq.testing import drain
-
-
-async def publish_as_another_client(broker: MemoryBroker, message: Message) -> None:
-    connection = broker.connection(name="other", owner="producer", max_message_size=1000)
-    outbox = Outbox(connection, window=10, window_bytes=1000)
-    try:
-        await outbox.wait_connected(timeout=5)
-        wire = connection.prepare(message)
-        await outbox.publish(message, wire, deadline=outbox.loop.time() + 5)
-    finally:
-        await outbox.aclose(timeout=5)
+from tests.publishing import publish_as_another_client
 
 
 @pytest.mark.parametrize("version", ["3.10", "4.0", "4.3"])
