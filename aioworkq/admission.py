@@ -64,15 +64,19 @@ class Admission:
 
         What this process gave back itself, after a failure, did not kill it.
         """
-        message, attempts = run.delivery.message, self._attempts
-        charged = run.used - own_attempts(message.headers) - self._duplicates.returns(message)
+        attempts = self._attempts
         return (
             attempts is not None
             and attempts > 1
             and run.used >= attempts - 1
-            and charged > 0
-            and TRIAL not in message.headers
+            and self._is_charged(run)
+            and TRIAL not in run.delivery.message.headers
         )
+
+    def _is_charged(self, run: Run) -> bool:
+        """Say whether it came back without a failure that its headers or this process know of."""
+        message = run.delivery.message
+        return run.used > own_attempts(message.headers) + self._duplicates.returns(message)
 
     def is_used_up(self, run: Run) -> bool:
         """Whether a message has no attempt left."""
@@ -93,10 +97,8 @@ class Admission:
         if run.is_trial and (verdict := await self._begin_trial(run)) is not None:
             return verdict
         if self.is_used_up(run):
-            message = delivery.message
-            known = own_attempts(message.headers) + self._duplicates.returns(message)
-            is_charged = run.used > known
-            return DeadLetter(CRASHED if is_charged else f"gave up after {run.used} attempts")
+            reason = CRASHED if self._is_charged(run) else f"gave up after {run.used} attempts"
+            return DeadLetter(reason)
         try:
             run.body = self._handler.decode(delivery)
         except Exception as exc:  # a user's type may raise what no codec expects
