@@ -47,6 +47,9 @@ T = TypeVar("T")
 _CLOSE_TIMEOUT: Final = 5.0
 _RETURN_TIMEOUT: Final = 2.0
 _RETURN_POLL: Final = 0.02
+_HOLD_TIME: Final = 240.0
+"""Seconds for which messages are held that stay: RabbitMQ advises a ``consumer_timeout`` of at
+least five minutes (https://www.rabbitmq.com/docs/consumers#acknowledgement-timeout)."""
 _MAX_MESSAGE_SIZE: Final = 2**31
 
 
@@ -174,6 +177,10 @@ class DeadLetters(Generic[T]):
     async def peek(self, limit: int = 100) -> list[DeadMessage[T]]:
         """Return the oldest dead letters; they stay where they are.
 
+        A quorum queue hands over those that have been looked at before those that have not, and
+        puts what was looked at behind the former: after a look at all, a look at a few begins
+        where the one before it ended.
+
         Args:
             limit: How many at most; they are held in memory.
 
@@ -220,6 +227,7 @@ class DeadLetters(Generic[T]):
 
         Args:
             where: Says of each whether it is meant: a plain function, not ``async``; None for all.
+                It may be asked again about one that it did not mean, when this takes minutes.
             rate: How many a second at most; None for no bound.
 
         Returns:
@@ -302,19 +310,43 @@ class DeadLetters(Generic[T]):
         name = self._queue.dead_letter_queue
         ready = await self._connection.count_messages(name, timeout=self._timeout)
         left = ready if limit is None else min(ready, limit)
+        while left > 0:
+            done = await self._look_through(name, decide, left, ready)
+            if done is None:
+                return
+            left -= done
+            ready -= done
+
+    async def _look_through(
+        self,
+        name: str,
+        decide: Callable[[DeadMessage[T]], Any],
+        left: int,
+        ready: int,
+    ) -> int | None:
+        """Look at this many from the oldest on, for as long as those that stay may be held.
+
+        Returns:
+            None when all have been looked at; otherwise how many are done with. The others are
+            back, to be looked at once more.
+        """
+        done = 0
+        due = anyio.current_time() + _HOLD_TIME
         getter: Getter = await self._connection.open_getter(name, timeout=self._timeout)
         try:
-            while left > 0:
+            for seen in range(1, left + 1):
                 incoming = await getter.get(timeout=self._timeout)
                 if incoming is None:
-                    return
-                left -= 1
+                    return None
                 if await decide(self._dead(incoming)):
                     await getter.ack(incoming.tag, timeout=self._timeout)
-                    ready -= 1
+                    done += 1
+                    if seen > done and anyio.current_time() > due:
+                        return done
+            return None
         finally:
             await getter.aclose(timeout=_CLOSE_TIMEOUT)
-            await self._wait_returned(name, ready)
+            await self._wait_returned(name, ready - done)
 
     async def _wait_returned(self, name: str, ready: int) -> None:
         """Wait until what was looked at is back: a quorum queue takes it back a moment later.

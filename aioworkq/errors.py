@@ -21,7 +21,7 @@
 
 Every error keeps its fields and builds its sentence in ``__str__``: *what*: *why*. *Do this.*
 Bad arguments are plain :class:`ValueError` and :class:`TypeError`, raised where they are given.
-No password ever appears in a sentence.
+No password ever appears in a sentence. All of them can be pickled, and so leave a process pool.
 """
 
 from __future__ import annotations
@@ -35,7 +35,22 @@ if TYPE_CHECKING:
     from aioworkq.outcome import Outcome
 
 
-class WorkQueueError(Exception):
+class _Portable(Exception):  # noqa: N818 - a base, of signals too: not all are errors
+    """An exception that can be pickled and copied, to come back from a process pool as it is.
+
+    Python's own way calls the class with ``args`` and nothing else, which fails where a field has
+    no default: such an error breaks the whole pool that it was raised in.
+    """
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuilt, (type(self), self.args), self.__dict__
+
+
+def _rebuilt(kind: type[_Portable], args: tuple[object, ...]) -> _Portable:
+    return kind.__new__(kind, *args)
+
+
+class WorkQueueError(_Portable):
     """The base of every error that aioworkq raises by itself."""
 
 
@@ -213,7 +228,7 @@ class StateError(WorkQueueError):
         return f"{self.what}: {self.reason}. {self.advice}"
 
 
-class Signal(Exception):  # noqa: N818 - raised to say what becomes of a message, not an error
+class Signal(_Portable):
     """What a handler raises to decide the outcome of its delivery."""
 
 
@@ -246,7 +261,7 @@ class RetryLater(Signal):
         super().__init__(delay)
 
 
-class BatchError(Exception):
+class BatchError(_Portable):
     """Raised by a batch handler: these messages of the batch are not done, all others are.
 
     Each is named by its position in the list of bodies, from 0, with what becomes of it: an outcome

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
 
 import pytest
 
-from aioworkq import errors
+from aioworkq import DeadLetter, Retry, errors
 from aioworkq.errors import (
     AccessRefusedError,
+    BatchError,
     ConnectionLostError,
     DecodeError,
     MessageError,
@@ -23,6 +28,9 @@ from aioworkq.errors import (
     UnroutableError,
     WorkQueueError,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SENTENCES: list[tuple[Exception, str]] = [
     (
@@ -114,7 +122,7 @@ def test_the_tree_is_the_one_in_the_docstring() -> None:
     assert not issubclass(Signal, WorkQueueError)
     doc = errors.__doc__ or ""
     names = [name for name, value in vars(errors).items() if isinstance(value, type)]
-    assert all(name in doc for name in names)
+    assert all(name in doc for name in names if not name.startswith("_"))
 
 
 def test_signals_keep_what_the_handler_said() -> None:
@@ -128,6 +136,38 @@ def test_signals_keep_what_the_handler_said() -> None:
         RetryLater(float("nan"))
 
 
-def test_signals_survive_pickling() -> None:
-    """Handlers may run their work in other processes."""
-    assert pickle.loads(pickle.dumps(Reject("no"))).reason == "no"  # noqa: S301 - our own bytes
+ACROSS = [
+    *(error for error, _ in SENTENCES),
+    Reject("no"),
+    RetryLater(2.5, counts=False),
+    BatchError({0: DeadLetter("too old"), 2: Reject("no"), 3: Retry(1.5)}),
+]
+
+
+@pytest.mark.parametrize("error", ACROSS, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("way", [copy.copy, copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])  # noqa: S301 - our own bytes
+def test_every_error_comes_back_from_another_process_as_it_was(
+    error: Exception,
+    way: Callable[[Exception], Exception],
+) -> None:
+    """Handlers and publishers may run in other processes."""
+    error.add_note("seen here")
+    back = way(error)
+    assert type(back) is type(error)
+    assert (str(back), repr(back)) == (str(error), repr(error))
+    assert set(vars(back)) == set(vars(error))
+    assert back.__notes__[-1] == "seen here"
+
+
+def _fail(number: int) -> None:
+    if number:
+        raise OutcomeUnknownError("m-1", queue="emails", reason="no confirm within 30 s")
+
+
+def test_an_error_does_not_break_the_process_pool_that_it_is_raised_in() -> None:
+    """An exception that cannot be rebuilt ends all of a pool's work with BrokenProcessPool."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with pytest.raises(OutcomeUnknownError, match="no confirm for message m-1") as caught:
+            pool.submit(_fail, 1).result()
+        assert caught.value.queue == "emails"
+        pool.submit(_fail, 0).result()

@@ -99,11 +99,15 @@ def test_a_refusal_says_what_to_do(error: Any, code: int, advice: str) -> None:
             "NOT_FOUND - home node 'b@x' of durable queue 'q' in vhost '/' is down or inaccessible",
         ),
         aiormq_errors.ChannelNotFoundEntity("NOT_FOUND - queue 'q' process is stopped"),
+        aiormq_errors.ChannelPreconditionFailed(
+            "PRECONDITION_FAILED - delivery acknowledgement on channel 5 timed out. Timeout value "
+            "used: 1000 ms. This timeout value can be configured",
+        ),
         aiormq_errors.ChannelClosed(541, "INTERNAL_ERROR"),
     ],
 )
-def test_a_queue_whose_node_is_down_is_waited_for(error: Any) -> None:
-    """It is not a missing queue."""
+def test_what_is_no_fault_of_the_queue_is_a_lost_connection(error: Any) -> None:
+    """A queue whose node is down is not a missing one; a late ack is no reason to delete one."""
     assert isinstance(refusal(error, "q", what="declaring"), ConnectionLostError)
 
 

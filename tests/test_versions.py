@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any, Literal
 
+import anyio
 import pika
 import pytest
 
+from aioworkq import (
+    ConnectionLostError,
+    DeadLetters,
+    DeadMessage,
+    Producer,
+    Queue,
+    Worker,
+    dead_letters,
+)
 from aioworkq.testing import RabbitMQ
 from aioworkq.versions import TABLE, Semantics, semantics_of
 
@@ -121,6 +133,27 @@ def test_a_lost_channel(
     assert headers.get("x-delivery-count", 0) == int(semantics.counts_lost_channel)
 
 
+def test_the_brokers_delayed_retry_takes_a_lost_channel_for_a_failure(
+    connection: BlockingConnection, channel: BlockingChannel, queue_name: str, semantics: Semantics
+) -> None:
+    """Why `RetryPolicy` does not use it: it keeps back and counts what nobody failed at."""
+    arguments = {"x-delayed-retry-type": "failed", "x-delayed-retry-min": 1000}
+    channel.queue_declare(queue_name, durable=True, arguments=QUORUM | arguments)
+    for has_failed in (True, False):
+        publish(channel, queue_name)
+        other = connection.channel()
+        tag, _ = get_next(other, queue_name)
+        if has_failed:
+            other.basic_reject(tag)
+        began = time.monotonic()
+        other.close()
+        tag, headers = get_next(channel, queue_name)
+        waited = time.monotonic() - began
+        assert waited > 0.9 or semantics is not TABLE[4, 3]
+        assert headers["x-delivery-count"] == 1
+        channel.basic_ack(tag)
+
+
 @pytest.mark.parametrize("verb", ["nack", "reject"])
 def test_the_limit_of_a_queue_without_one(
     channel: BlockingChannel, queue_name: str, semantics: Semantics, verb: str
@@ -219,3 +252,61 @@ def test_the_consumer_timeout(impatient: RabbitMQ, queue_name: str, kind: str) -
                 break
         ended = "channel" if channel.is_closed else "consumer" if cancelled else None
         assert ended == expected
+
+
+@pytest.mark.anyio
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_a_slow_replay_outlasts_the_consumer_timeout(
+    impatient: RabbitMQ,
+    queue_name: str,
+    kind: Literal["quorum", "classic"],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Dead letters that stay are given back in time, and looked at once more."""
+    monkeypatch.setattr(dead_letters, "_HOLD_TIME", 0.3)
+    queue = Queue[int](queue_name, type=kind)
+    looked_at: list[int] = []
+
+    def is_odd(one: DeadMessage[int]) -> bool:
+        looked_at.append(one.body())
+        return one.body() % 2 == 1
+
+    async with DeadLetters(impatient.url, queue) as dead, Producer(impatient.url) as producer:
+        there = Queue[int](queue.dead_letter_queue, declare=False)
+        (await producer.publish_many(there, range(20))).raise_for_errors()
+        assert await dead.replay(is_odd, rate=4) == 10
+        assert sorted(one.body() for one in await dead.peek()) == list(range(0, 20, 2))
+    assert Counter(looked_at)[0] > 1
+    assert Counter(looked_at) >= Counter(range(20))
+    assert [number for number in looked_at if number % 2] == list(range(1, 20, 2))
+    handled: list[int] = []
+    worker = Worker(impatient.url)
+
+    @worker.handler(queue)
+    async def handle(number: int) -> None:
+        handled.append(number)
+
+    async with worker:
+        with anyio.fail_after(30):
+            while len(handled) < 10:
+                await anyio.sleep(0.01)
+    assert sorted(handled) == list(range(1, 20, 2))
+
+
+@pytest.mark.anyio
+@pytest.mark.rabbitmq
+async def test_a_replay_that_the_consumer_timeout_ends_says_so(
+    impatient: RabbitMQ, queue_name: str
+) -> None:
+    """Where it is shorter than the time we hold what stays. What was not replayed is there."""
+    queue = Queue[int](queue_name)
+    async with DeadLetters(impatient.url, queue) as dead, Producer(impatient.url) as producer:
+        there = Queue[int](queue.dead_letter_queue, declare=False)
+        (await producer.publish_many(there, range(10))).raise_for_errors()
+        with pytest.raises(ConnectionLostError, match="delivery acknowledgement on channel"):
+            await dead.replay(lambda one: one.body() % 2 == 1, rate=0.5)
+        left = sorted(one.body() for one in await dead.peek())
+        assert left == [0, *range(2, 10)]  # 3 among them: its copy was published, its ack too late
+        assert await dead.replay() == 9
+        assert await dead.peek() == []

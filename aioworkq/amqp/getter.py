@@ -58,11 +58,10 @@ class AmqpGetter:
             raise refusal(exc, self._queue, what=_TAKING) from exc
 
     async def _get(self, link: Link) -> Incoming | None:
-        if self._channel.is_closed or self._tap.has_close:
-            raise ConnectionLostError(_TAKING, reason="the channel is closed")
         self._answer = asyncio.get_running_loop().create_future()
-        link.write(get_frame(self._channel.number, self._queue))
-        content = await self._answer
+        if not (self._channel.is_closed or self._tap.has_close):
+            link.write(get_frame(self._channel.number, self._queue))
+        content = await self._answer  # none comes from a closed channel: `guarded` says why
         if content is None:
             return None
         tag, redelivered, route = got_of(content.method)
@@ -102,4 +101,12 @@ class AmqpGetter:
 
     async def aclose(self, *, timeout: float) -> None:
         """Give back what was not acknowledged; see the protocol."""
-        await close_bounded(self._channel, timeout=timeout)
+        await close_bounded(self._channel, timeout=timeout, close=self._give_back)
+
+    async def _give_back(self) -> None:
+        # To a quorum queue each basic.get is a consumer of its own. When a channel ends it takes
+        # back theirs in the order of their numbers as text: 1, 10, 11, 2. A nack keeps the order.
+        try:
+            await self._channel.basic_nack(0, multiple=True)
+        finally:
+            await self._channel.close()

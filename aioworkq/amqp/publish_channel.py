@@ -26,6 +26,8 @@ from aioworkq.amqp.writer import TickWriter
 from aioworkq.broker import Confirm, Publication
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from aiormq.abc import AbstractChannel
 
     from aioworkq.amqp.transport import Link
@@ -181,8 +183,13 @@ class AmqpPublishChannel:
         self._lost.set()
 
 
-async def close_bounded(channel: AbstractChannel, *, timeout: float) -> None:
-    """Close a channel, and give up on it after ``timeout`` seconds.
+async def close_bounded(
+    channel: AbstractChannel,
+    *,
+    timeout: float,
+    close: Callable[[], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Close a channel, by a way of its own if it has one; give up after ``timeout`` seconds.
 
     A cancelled scope does not interrupt it: a channel left open would go on receiving deliveries
     that nobody sees. What is given up on goes on in the background; the end of its connection
@@ -190,7 +197,7 @@ async def close_bounded(channel: AbstractChannel, *, timeout: float) -> None:
     """
     if channel.is_closed:
         return
-    task = asyncio.ensure_future(channel.close())
+    task = asyncio.ensure_future(close() if close else channel.close())
     task.add_done_callback(_retrieve)
     with anyio.CancelScope(shield=True):
         await asyncio.wait({task}, timeout=timeout)

@@ -32,6 +32,8 @@ _UNAVAILABLE: Final = (
     r"|may be stopping or being demoted|no_quorum"
 )
 """What RabbitMQ says of a queue that exists and cannot be reached now (rabbit_amqqueue.erl)."""
+_LATE: Final = r"delivery acknowledgement on channel \d+ timed out"
+"""What it says where a ``consumer_timeout`` is over (rabbit_channel.erl): no fault of a queue."""
 
 CLOSING_REASON: Final = "the connection was closed, or heartbeats stopped coming"
 
@@ -87,6 +89,8 @@ async def guarded(
             error = task.exception()
             if error is None or isinstance(error, ValueError | TypeError | ConnectionLostError):
                 return task.result()
+            if isinstance(error, aiormq_errors.ChannelInvalidStateError) and closing.done():
+                error = closing_exception(closing)  # it says why the channel is closed
         elif closing.done():
             error = closing_exception(closing)
         elif task.cancelled():
@@ -126,7 +130,9 @@ def refusal(
         asked: The arguments of our declaration, to name both sides of a difference.
     """
     text = describe(exc)
-    if re.search(_UNAVAILABLE, re.sub(_QUOTED, "''", text)):  # a queue's name may say anything
+    if re.search(
+        f"{_UNAVAILABLE}|{_LATE}", re.sub(_QUOTED, "''", text)
+    ):  # a queue's name may say anything
         return ConnectionLostError(what, reason=text)
     if isinstance(exc, aiormq_errors.ChannelPreconditionFailed):
         found = re.search(_INEQUIVALENT, text, re.DOTALL)

@@ -50,14 +50,14 @@ class MemoryChannel:
     def stop_taking(self) -> None:
         """Be no consumer any more."""
 
-    def return_unacked(self) -> None:
+    def return_unacked(self, cause: Return = Return.LOST) -> None:
         """Give back to the queues what was handed over here, in the order it was."""
         held, self._unacked = self._unacked, {}
         by_queue: dict[MemoryQueue, list[Stored]] = {}
         for queue, stored in held.values():
             by_queue.setdefault(queue, []).append(stored)
         for queue, returned in by_queue.items():
-            queue.put_back(returned, Return.LOST)
+            queue.put_back(returned, cause)
 
     def hand_out(self, queue: MemoryQueue, stored: Stored) -> Incoming:
         """Number a message that goes to the client."""

@@ -228,6 +228,11 @@ class MemoryGetter(MemoryChannel):
             "acknowledging a message", partial(self.take_ack, tag), timeout=timeout
         )
 
+    def abandon(self) -> None:
+        """Close, after all that was taken has been given back by a nack, as the real one does."""
+        self.return_unacked(Return.NACK)
+        super().abandon()
+
     def _check(self, what: str) -> None:
         if self._lost.is_set():
             raise ConnectionLostError(what, reason=self._reason)

@@ -421,6 +421,22 @@ async def test_taking_one_by_one(subject: Subject, arguments: dict[str, Any]) ->
             await getter.get(timeout=TIMEOUT)
 
 
+@BOTH
+async def test_what_was_taken_goes_back_in_its_order(
+    subject: Subject, arguments: dict[str, Any]
+) -> None:
+    """However many they are, and however often."""
+    bodies = [str(number).encode() for number in range(25)]
+    async with subject.connect() as connection:
+        await start(connection, arguments, *bodies)
+        for _ in range(3):
+            getter = await connection.open_getter("q", timeout=TIMEOUT)
+            taken = [await getter.get(timeout=TIMEOUT) for _ in bodies]
+            assert [one.message.body for one in taken if one] == bodies
+            await getter.aclose(timeout=5)
+            await subject.wait_ready(connection, "q", len(bodies))
+
+
 async def publish_priorities(connection: Connection, *priorities: int | None) -> None:
     channel = await publisher(connection)
     for number, priority in enumerate(priorities):
