@@ -32,6 +32,12 @@ _UNITS_PER_SECOND: Final = 8
 _MAX_BITS: Final = 5
 _MAX_ADDRESS_BYTES: Final = 255 - 2 * _LEVELS
 
+_AT_LEAST_ONCE: Final = {
+    "x-queue-type": "quorum",
+    "x-dead-letter-strategy": "at-least-once",
+    "x-overflow": "reject-publish",
+}
+
 MAX_DELAY: Final = 365 * 24 * 3600.0
 """The longest delay in seconds: a year."""
 
@@ -134,9 +140,7 @@ def level_declarations(level: int) -> list[Declaration]:
             QueueDeclaration(
                 name,
                 {
-                    "x-queue-type": "quorum",
-                    "x-dead-letter-strategy": "at-least-once",
-                    "x-overflow": "reject-publish",
+                    **_AT_LEAST_ONCE,
                     "x-message-ttl": 1000 * 2**number // _UNITS_PER_SECOND,
                     "x-dead-letter-exchange": below,
                 },
@@ -144,6 +148,34 @@ def level_declarations(level: int) -> list[Declaration]:
             Binding(name, "queue", source=name, routing_key=f"{skip}1.#"),
             Binding(below, "exchange", source=name, routing_key=f"{skip}0.#"),
         ]
+    return declarations
+
+
+def arrival(queue: str) -> str:
+    """Return the name of the queue in which what has waited arrives, if its own may be full."""
+    return f"{_PREFIX}.arrival.{address(queue)}"
+
+
+def destination_declarations(queue: str, *, may_refuse: bool) -> list[Declaration]:
+    """Return what brings a queue what has waited for it.
+
+    What a queue refuses is tried again by the queue it expired in, which holds up all that expires
+    there. So what is meant for a queue that may refuse goes on from a queue of its own.
+
+    Args:
+        queue: The destination.
+        may_refuse: Whether it may: see `topology.refuses_when_full`.
+    """
+    declarations: list[Declaration] = [destination_binding(queue)]
+    if may_refuse:
+        name = arrival(queue)
+        arguments = {
+            **_AT_LEAST_ONCE,
+            "x-message-ttl": 0,
+            "x-dead-letter-exchange": DELIVERY_EXCHANGE,
+            "x-dead-letter-routing-key": "0." * _LEVELS + address(queue),
+        }
+        declarations += [QueueDeclaration(name, arguments), destination_binding(name)]
     return declarations
 
 

@@ -348,7 +348,7 @@ class Producer:
             message is not None
             and delay
             and not self._must_declare(queue)
-            and self._delays.send_off_nowait(message, delay)
+            and self._delays.send_off_nowait(message, delay, queue)
         ):
             return
         reason = ""
@@ -364,7 +364,7 @@ class Producer:
                             await self._connection.declare(declarations(queue), timeout=left)
                             self._declared.add(queue.name)
                         if message is not None and delay:
-                            await self._delays.send_off(message, delay, timeout=left)
+                            await self._delays.send_off(message, delay, queue, timeout=left)
                     except AccessRefusedError:
                         raise
                     except ConnectionLostError as exc:

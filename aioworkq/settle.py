@@ -349,6 +349,6 @@ class Settler:
 
     async def _publish_once(self, copy: Message, delay: float, timeout: float) -> None:
         if delay:
-            await self._delays.send_off(copy, delay, timeout=timeout)
+            await self._delays.send_off(copy, delay, self._queue, timeout=timeout)
         deadline = anyio.current_time() + timeout
         await self._outbox.publish(copy, self._outbox.connection.prepare(copy), deadline=deadline)

@@ -211,6 +211,15 @@ def _arguments(queue: Queue[Any]) -> dict[str, Any]:
     return arguments | dict(queue.arguments)
 
 
+def refuses_when_full(queue: Queue[Any]) -> bool:
+    """Say whether a queue has a length, as far as we know, and refuses what is beyond it."""
+    if queue.max_length is None and not queue.arguments:
+        return False
+    arguments = _arguments(queue)
+    is_bounded = not arguments.keys().isdisjoint({"x-max-length", "x-max-length-bytes"})
+    return is_bounded and str(arguments.get("x-overflow", "")).startswith("reject-publish")
+
+
 def _dead_letter_arguments(queue: Queue[Any]) -> dict[str, Any]:
     if queue.type == "quorum":
         return {"x-queue-type": "quorum", "x-delivery-limit": _NO_DELIVERY_LIMIT}

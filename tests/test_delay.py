@@ -13,8 +13,9 @@ from aioworkq.delay import (
     MAX_DELAY,
     UNROUTABLE,
     address,
+    arrival,
     checked_delay,
-    destination_binding,
+    destination_declarations,
     level_declarations,
     route,
     units,
@@ -36,10 +37,11 @@ def matches(pattern: list[str], key: list[str]) -> bool:
 class Broker:
     """As much of RabbitMQ as the delay queues use: topic routing, and dead-lettering by TTL."""
 
-    def __init__(self, destinations: list[str]) -> None:
+    def __init__(self, destinations: list[str], *, may_refuse: bool = False) -> None:
         declarations = level_declarations(27)
+        for queue in destinations:
+            declarations += destination_declarations(queue, may_refuse=may_refuse)
         self.bindings = [one for one in declarations if isinstance(one, Binding)]
-        self.bindings += [destination_binding(queue) for queue in destinations]
         self.queues = {one.name: one for one in declarations if isinstance(one, QueueDeclaration)}
 
     def route(self, exchange: str, key: str) -> set[str]:
@@ -69,9 +71,12 @@ class Broker:
             arguments = self.queues[levels[0]].arguments
             waited.append(arguments["x-message-ttl"])
             exchange = arguments["x-dead-letter-exchange"]
+            key = arguments.get("x-dead-letter-routing-key", key)
 
 
-BROKER = Broker(["orders", "eu.orders", "*.orders", "q" * 250])
+QUEUES = ["orders", "eu.orders", "*.orders", "q" * 190, "q" * 250]
+BROKER = Broker(QUEUES)
+FULL = Broker(QUEUES, may_refuse=True)
 
 
 @given(st.floats(0.001, MAX_DELAY))
@@ -87,12 +92,28 @@ def test_the_times_in_the_queues_add_up_to_the_delay(delay: float) -> None:
     assert delay <= total <= delay * (1 + 1 / 16) + 0.125
 
 
-@pytest.mark.parametrize("queue", ["orders", "eu.orders", "*.orders", "q" * 250])
+@pytest.mark.parametrize("queue", QUEUES)
 def test_a_message_reaches_its_own_queue_and_no_other(queue: str) -> None:
     """Dotted names, names with wildcards and long names included."""
     way = route(queue, 10)
     assert len(way.routing_key.encode()) <= 255
     assert BROKER.travel(way.exchange, way.routing_key)[0] == {queue}
+
+
+@pytest.mark.parametrize("queue", QUEUES)
+def test_a_queue_that_may_refuse_is_reached_by_way_of_one_of_its_own(queue: str) -> None:
+    """By that way only; who does not know that it may refuse reaches it as any other, once."""
+    way = route(arrival(queue), 10)
+    assert len(arrival(queue).encode()) <= 255
+    assert len(way.routing_key.encode()) <= 255
+    where, waited = FULL.travel(way.exchange, way.routing_key)
+    assert where == {queue}
+    assert waited == [8000, 2000, 0]
+    direct = route(queue, 10)
+    assert FULL.travel(direct.exchange, direct.routing_key) == ({queue}, [8000, 2000])
+    deleted = Broker([queue], may_refuse=True)
+    deleted.bindings = [one for one in deleted.bindings if one.destination != queue]
+    assert deleted.travel(way.exchange, way.routing_key)[0] == {UNROUTABLE}
 
 
 def test_a_message_for_a_queue_that_is_gone_is_kept() -> None:

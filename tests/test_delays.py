@@ -6,7 +6,7 @@ import asyncio
 import time
 from datetime import UTC, datetime, timedelta, timezone
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiormq
 import pytest
@@ -17,6 +17,9 @@ from aioworkq.delay import DELIVERY_EXCHANGE, UNROUTABLE
 from aioworkq.message import Message
 from tests.consuming import Broker, eventually
 from tests.publishing import no_complaints
+
+if TYPE_CHECKING:
+    from aioworkq.testing import RabbitMQ
 
 __all__ = ["no_complaints"]
 
@@ -221,6 +224,50 @@ async def test_a_deleted_destination_jams_nobody(
     await eventually(lambda: _has(broker, queue_name, 100))
     await eventually(lambda: _has(broker, UNROUTABLE, 100))
     assert not await broker.exists(gone.name)
+
+
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_a_full_destination_jams_nobody(
+    producer: Producer,
+    broker: Broker,
+    queue_name: str,
+    rabbitmq: RabbitMQ,
+    kind: Literal["quorum", "classic"],
+) -> None:
+    """What it refuses waits in a queue of its own, and arrives once there is room."""
+    timeout = "dead_letter_worker_publisher_confirm_timeout"  # after so long it is tried again
+    before = await rabbitmq.eval(f"element(2, application:get_env(rabbit, {timeout}))")
+    await rabbitmq.eval(f"application:set_env(rabbit, {timeout}, 500)")
+    full = Queue(f"{queue_name}.full", bytes, type=kind, max_length=10)
+    try:
+        while not (await producer.publish_many(full, [b"now"])).errors:
+            pass
+        late = [b"%d" % number for number in range(40)]  # more than are tried at a time
+        assert (await producer.publish_many(full, late, delay=0.5)).confirmed == 40
+        await eventually(lambda: _has(broker, HALF_A_SECOND, 0))
+    finally:
+        await rabbitmq.eval(f"application:set_env(rabbit, {timeout}, {before})")
+    queue = Queue(queue_name, bytes, type="classic")
+    await producer.publish_many(queue, [b"there"] * 100, delay=0.5)
+    await eventually(lambda: _has(broker, queue_name, 100))
+    taken: list[bytes] = []
+
+    async def all_taken() -> bool:
+        taken.extend(message.body for message in await broker.take_all(full.name))
+        return set(taken) >= set(late)
+
+    await eventually(all_taken)
+    assert not await _has(broker, UNROUTABLE, 1)
+
+
+async def test_orphans_of_a_full_destination_can_be_found(
+    producer: Producer, broker: Broker, queue_name: str
+) -> None:
+    """It goes the way of all that finds no queue."""
+    gone = Queue(queue_name, bytes, max_length=1)
+    await producer.publish(gone, b"gone", delay=0.5)
+    await broker.delete(gone.name)
+    await eventually(lambda: _has(broker, UNROUTABLE, 1))
 
 
 async def test_a_destination_that_is_not_declared_must_exist(

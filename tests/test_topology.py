@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from aioworkq.topology import Queue, QueueDeclaration, as_queue, declarations
+from aioworkq.topology import (
+    Queue,
+    QueueDeclaration,
+    as_queue,
+    declarations,
+    refuses_when_full,
+)
 
 
 def test_a_quorum_queue_never_drops_a_message() -> None:
@@ -116,3 +122,23 @@ def test_an_option_that_cannot_be_right_is_refused(options: dict[str, Any], sent
     """Where the queue is made."""
     with pytest.raises(ValueError, match=sentence):
         Queue("q", **options)
+
+
+@pytest.mark.parametrize(
+    ("queue", "refuses"),
+    [
+        (Queue("q"), False),
+        (Queue("q", type="classic"), False),
+        (Queue("q", max_length=5), True),
+        (Queue("q", type="classic", max_length=5), True),
+        (Queue("q", declare=False, max_length=5), True),
+        (Queue("q", arguments={"x-max-length-bytes": 5}), True),
+        (Queue("q", type="classic", arguments={"x-max-length": 5}), False),
+        (Queue("q", arguments={"x-max-length": 5, "x-overflow": "drop-head"}), False),
+        (Queue("q", arguments={"x-expires": 5}), False),
+        (Queue("q", max_length=5, arguments={"x-overflow": "reject-publish-dlx"}), True),
+    ],
+)
+def test_which_queues_refuse_when_they_are_full(queue: Queue[Any], *, refuses: bool) -> None:
+    """Those with a length that do not drop their oldest messages."""
+    assert refuses_when_full(queue) is refuses

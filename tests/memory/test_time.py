@@ -303,3 +303,27 @@ def test_timers_fire_in_order() -> None:
     assert fired == ["a", "b", "c"]
     assert not clock.step(start + 2.5)
     assert clock.time() == pytest.approx(start + 2.5)
+
+
+async def test_a_delayed_message_waits_for_room_in_a_full_queue(broker: MemoryBroker) -> None:
+    """It is tried again every three minutes, and no other waits for it."""
+    full, other = Queue("full", int, type="classic", max_length=2), Queue("other", int)
+    async with Producer(broker) as producer:
+        report = await producer.publish_many(full, [1, 2])
+        assert report.confirmed == 2
+        await producer.publish(full, 3, delay=1)
+        await producer.publish(other, 4, delay=1)
+        await broker.advance(2)
+        assert broker.counts("full").ready == 2
+        assert broker.counts("other").ready == 1
+    worker, handled = Worker(broker), list[int]()
+
+    @worker.handler(full)
+    async def handle(number: int) -> None:
+        handled.append(number)
+
+    async with worker:
+        await broker.advance(1)
+        assert handled == [1, 2]
+        await broker.advance(180)
+    assert handled == [1, 2, 3]
