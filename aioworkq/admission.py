@@ -111,6 +111,7 @@ class Admission:
         if (self.is_used_up(run) and not run.needs_trial) or run.subscription.is_lost:
             return False
         trial_of = self._attempts if run.needs_trial else None
+        self._duplicates.expect_copy(run)
         with anyio.CancelScope(shield=True):
             await self._settler.recount(run, trial_of=trial_of)
         if run.is_settled:

@@ -132,6 +132,10 @@ class Subscription(Protocol):
         """Wait until the subscription is gone, and return why."""
         ...
 
+    async def wait_sent(self) -> None:
+        """Wait until all that was settled is on its way to the broker, or the subscription lost."""
+        ...
+
     async def cancel(self, *, timeout: float) -> None:
         """Ask for no more deliveries; those that came can still be settled. Bounded."""
         ...

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from aioworkq.message import is_counted_by_broker
+from aioworkq.message import COPIES, is_counted_by_broker
 from aioworkq.orphans import Orphans
 from aioworkq.redelivery import RedeliveryMemory, identity
 from aioworkq.settle import Settled
@@ -69,7 +69,7 @@ class Duplicates:
     def _hold(self, run: Run) -> bool:
         """Let a redelivery, or a copy, of what still runs here wait for the end of that run."""
         message = run.delivery.message
-        if not (run.delivery.redelivered or message.message_id):
+        if not (run.delivery.redelivered or message.message_id or COPIES in message.headers):
             return False
         orphan = self.orphans.find(message)
         if orphan is None:
@@ -112,6 +112,14 @@ class Duplicates:
             for run in [run for run in orphan.held if run.subscription.is_lost]:
                 orphan.held.remove(run)
                 self.excuse(run)
+
+    def expect_copy(self, run: Run) -> None:
+        """Let a copy of this delivery wait until that is settled.
+
+        It may be here before the original's ack is on its way. If it killed the process then, there
+        would be two of them, each to be started as often as one may be.
+        """
+        self.orphans.add(run)
 
     def replaced(self, run: Run) -> None:
         """Take note that a copy is in the place of a delivery."""

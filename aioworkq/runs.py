@@ -30,7 +30,7 @@ from aioworkq.message import (
     used_attempts,
     without_counts,
 )
-from aioworkq.outcome import Ack, Outcome, Requeue
+from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue
 from aioworkq.pace import Pace
 from aioworkq.run_state import Run
 from aioworkq.slots import Slots
@@ -172,9 +172,8 @@ class Runs:
         headers = message.headers
         if self._is_classic and headers and is_counted_by_broker(headers):  # by another queue
             message.headers = without_counts(headers)
-        is_trial = TRIAL in message.headers
         used = own_attempts(message.headers)
-        if not is_trial:
+        if TRIAL not in message.headers:
             used = used_attempts(
                 message.headers,
                 redelivered=incoming.redelivered,
@@ -203,8 +202,13 @@ class Runs:
         )
         if (incoming.redelivered or self._orphans) and self._duplicates.take(run):
             return
-        if incoming.redelivered:
+        self._dispatch(run)
+
+    def _dispatch(self, run: Run) -> None:
+        """Start what no run of the same message holds up, or keep it until that may be done."""
+        if run.delivery.redelivered:
             self._admission.look_at_redelivery(run)
+        is_trial = TRIAL in run.delivery.message.headers
         run.is_trial = is_trial and not self._admission.is_used_up(run)
         if run.is_trial:
             self._try_or_keep(run)
@@ -267,11 +271,14 @@ class Runs:
     def _end(self, run: Run) -> None:
         """Let go of a delivery, whose message is settled, and whose handler has ended."""
         del self._running[run]
-        for held in self._duplicates.release(run):
-            self._start_or_keep(held)
+        self._release(run)
         self.start_waiting()
         if not self._running:
             self._idle.set()
+
+    def _release(self, run: Run) -> None:
+        for held in self._duplicates.release(run):
+            self._dispatch(held)
 
     async def _run(self, run: Run) -> None:
         """Run the handler, and settle."""
@@ -321,6 +328,8 @@ class Runs:
             await to_the_end(self._trials.unmark(run.delivery.message))
 
     async def _settle(self, run: Run, outcome: Outcome) -> None:
+        if not isinstance(outcome, DeadLetter):
+            self._duplicates.expect_copy(run)
         self._settled(run, outcome, await self._settler.settle(run, outcome))
 
     def _settled(self, run: Run, outcome: Outcome, settled: Settled) -> None:
@@ -360,5 +369,8 @@ class Runs:
 
     async def _give_back(self, run: Run) -> None:
         # As a plain copy a suspect would be one no more: its charges would look like its own.
-        if not (run.needs_trial and await self._admission.is_replaced(run)):
-            await self._settle(run, Requeue(counts=False))
+        try:
+            if not (run.needs_trial and await self._admission.is_replaced(run)):
+                await self._settle(run, Requeue(counts=False))
+        finally:
+            self._release(run)

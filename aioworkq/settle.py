@@ -180,8 +180,18 @@ class Settler:
         if not await self._copy_back(unsettled, used=used, is_trial=is_trial, timeout=timeout):
             return False
         unsettled.is_settled = True
-        self._ack(unsettled)
+        await self._ack_original(unsettled)
         return True
+
+    async def _ack_original(self, unsettled: Unsettled) -> Settled:
+        """Ack what a confirmed copy has taken the place of, and see it off. Bounded.
+
+        What is here may be started, and kill the process, as soon as this returns.
+        """
+        self._ack(unsettled)
+        with anyio.move_on_after(_STOPPING_TIMEOUT):
+            await unsettled.subscription.wait_sent()
+        return Settled.ACKED
 
     def _ack(self, unsettled: Unsettled) -> Settled:
         """Ack; too late for the original of a confirmed copy, it leaves two, and is counted."""
@@ -216,8 +226,7 @@ class Settler:
             return self._give_back(unsettled, counts=outcome.counts)
         if await self._copy_back(unsettled, used=used):
             self.counts.requeued += 1
-            self._ack(unsettled)
-            return Settled.ACKED
+            return await self._ack_original(unsettled)
         if outcome.counts:
             return await self._put_back(unsettled, counts=True)
         settled = self._give_back(unsettled, counts=False)
@@ -253,22 +262,21 @@ class Settler:
         if not await self._publish(copy, delay=delay):
             return await self._put_back(unsettled, counts=outcome.counts)
         self.counts.retried += 1
-        self._ack(unsettled)
-        return Settled.ACKED
+        return await self._ack_original(unsettled)
 
     async def _dead_letter(self, unsettled: Unsettled, outcome: DeadLetter) -> Settled:
         delivery = unsettled.delivery
         if not await self._publish(self._dead_letter_of(unsettled, outcome)):
             return await self._put_back(unsettled, counts=unsettled.was_started)
         self.counts.dead_lettered += 1
-        self._ack(unsettled)
+        settled = await self._ack_original(unsettled)
         _log.warning(
             "%r was dead-lettered to %r: %s.",
             delivery,
             self._queue.dead_letter_queue,
             str(outcome.reason).rstrip("."),
         )
-        return Settled.ACKED
+        return settled
 
     def _dead_letter_of(self, unsettled: Unsettled, outcome: DeadLetter) -> Message:
         """Return a dead letter that RabbitMQ takes.

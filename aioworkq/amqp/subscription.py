@@ -231,6 +231,10 @@ class AmqpSubscription:
         self._writer.close()
         self._lost.set()
 
+    async def wait_sent(self) -> None:
+        """Wait until all that was settled is written; see the protocol."""
+        await self._writer.wait_idle()
+
     async def wait_lost(self) -> str:
         """Wait until the subscription is gone, and return why."""
         await self._lost.wait()

@@ -171,6 +171,9 @@ class MemorySubscription(MemoryChannel):
         self._connection.post(partial(self._serve_requeue, tag, cause))
         return True
 
+    async def wait_sent(self) -> None:
+        """Return at once: no process here can die before its own broker does."""
+
     async def cancel(self, *, timeout: float) -> None:
         """Ask for no more deliveries; see the protocol."""
         if self._lost.is_set():

@@ -42,7 +42,6 @@ WORKER = textwrap.dedent("""
     async def handle(body: str, delivery: Delivery):
         note(body, "starts", delivery.attempt)
         if body == "poison":
-            await asyncio.sleep(0.02)
             os.kill(os.getpid(), signal.SIGKILL)
         await asyncio.sleep(0.1)
         note(body, "done", delivery.attempt)
@@ -122,7 +121,8 @@ async def test_the_neighbours_of_a_poison_message(
     assert starts == list(range(1, attempts + 1))
     for name in names:  # a crash between a copy and its original's ack leaves two
         assert {again.body for again in await broker.take_all(f"{name}.dead")} <= {b"poison"}
-        assert await broker.ready(name) == 0
+        # What was done in the moment of a crash is to be done once more.
+        assert {again.body.decode() for again in await broker.take_all(name)} <= innocent
 
 
 async def charge(broker: Broker, queue: str, bodies: list[str], *, trial: bool | str) -> None:
