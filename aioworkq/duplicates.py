@@ -16,7 +16,8 @@ from aioworkq.redelivery import RedeliveryMemory, identity
 from aioworkq.settle import Settled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from datetime import datetime
 
     from aioworkq.message import Message
     from aioworkq.outcome import Outcome
@@ -126,14 +127,20 @@ class Duplicates:
         self._memory.acked(run.delivery.message, run.generation)
         run.is_done = True
 
-    def settled(self, run: Run, outcome: Outcome, settled: Settled) -> None:
+    def first_failure(self, message: Message) -> datetime | None:
+        """Return when an attempt of this message first failed in this process."""
+        return self._memory.first_failure(message)
+
+    def settled(
+        self, run: Run, outcome: Outcome, settled: Settled, *, now: Callable[[], datetime]
+    ) -> None:
         """Take note of what has become of a delivery."""
         if run.succeeded or settled is Settled.ACKED:
             # If its ack is lost on the way, the redelivery is acked and not run again.
             self._memory.acked(run.delivery.message, run.generation)
             run.is_done = True
         elif settled is Settled.RETURNED and getattr(outcome, "counts", False):
-            self._memory.returned(run.delivery.message)
+            self._memory.returned(run.delivery.message, now())
         elif settled is Settled.OVERCOUNTED:
             self.excuse(run)
 

@@ -324,6 +324,7 @@ def dead_letter_headers(
     attempts: int,
     reason: str,
     failure: Failure | None,
+    first: datetime | None,
     now: datetime,
 ) -> dict[str, Any]:
     """Return the headers of a dead letter: the original ones, and what became of it.
@@ -337,6 +338,7 @@ def dead_letter_headers(
         attempts: How often its handler was started.
         reason: Why it is dead-lettered.
         failure: The last exception, if there was one.
+        first: When an attempt first failed, if that is known and not in the headers.
         now: The time of the failure, aware.
     """
     dead = strip_broker_headers(headers)
@@ -344,7 +346,8 @@ def dead_letter_headers(
     dead[QUEUE] = queue
     dead[REASON] = _bounded(reason, _MAX_REASON)
     dead[ATTEMPTS] = attempts
-    dead.setdefault(FIRST_FAILURE, now)
+    if first is not None:
+        dead.setdefault(FIRST_FAILURE, first)
     dead[LAST_FAILURE] = now
     if failure is not None:
         dead[EXCEPTION_TYPE] = _bounded(failure.type, 500)

@@ -64,7 +64,7 @@ class RedeliveryMemory(Generic[K]):
         self._size = size
         self._acked: OrderedDict[Identity, K] = OrderedDict()
         self._excused: OrderedDict[Identity, int] = OrderedDict()
-        self._returned: OrderedDict[Identity, int] = OrderedDict()
+        self._returned: OrderedDict[Identity, tuple[int, datetime]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._acked) + len(self._excused) + len(self._returned)
@@ -101,19 +101,29 @@ class RedeliveryMemory(Generic[K]):
         key = identity(message) if self._excused else None
         return 0 if key is None else self._excused.get(key, 0)
 
-    def returned(self, message: Message) -> None:
-        """Remember that this message was given back here, after a failed attempt."""
+    def returned(self, message: Message, when: datetime) -> None:
+        """Remember that this message was given back here, after an attempt that failed now."""
         key = identity(message)
         if key is None:
             return
-        self._returned[key] = self._returned.pop(key, 0) + 1
+        count, first = self._returned.pop(key, (0, when))
+        self._returned[key] = (count + 1, first)
         if len(self._returned) > self._size:
             self._returned.popitem(last=False)
 
     def returns(self, message: Message) -> int:
         """Return how many returns of this message were failed attempts of this process."""
+        known = self._known_returns(message)
+        return 0 if known is None else known[0]
+
+    def first_failure(self, message: Message) -> datetime | None:
+        """Return when an attempt of this message failed here for the first time."""
+        known = self._known_returns(message)
+        return None if known is None else known[1]
+
+    def _known_returns(self, message: Message) -> tuple[int, datetime] | None:
         key = identity(message) if self._returned else None
-        return 0 if key is None else self._returned.get(key, 0)
+        return None if key is None else self._returned.get(key)
 
     def started(self, message: Message) -> None:
         """Forget the ack of an equal message: what runs now must be settled by itself."""

@@ -208,6 +208,7 @@ class Runs:
         """Start what no run of the same message holds up, or keep it until that may be done."""
         if run.delivery.redelivered:
             self._admission.look_at_redelivery(run)
+            run.first_failure = self._duplicates.first_failure(run.delivery.message)
         is_trial = TRIAL in run.delivery.message.headers
         run.is_trial = is_trial and not self._admission.is_used_up(run)
         if run.is_trial:
@@ -335,7 +336,7 @@ class Runs:
     def _settled(self, run: Run, outcome: Outcome, settled: Settled) -> None:
         """Take note of what has become of a delivery."""
         self._settler.counts.handled += run.succeeded
-        self._duplicates.settled(run, outcome, settled)
+        self._duplicates.settled(run, outcome, settled, now=self._settler.connection.now)
 
     # Stopping
 

@@ -30,6 +30,8 @@ from aioworkq.outcome import Ack, DeadLetter, Outcome, Requeue, Retry
 from aioworkq.topology import declarations
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from aioworkq.broker import Connection, Subscription
     from aioworkq.message import Delivery, Message
     from aioworkq.outbox import Outbox
@@ -40,6 +42,7 @@ _log = logging.getLogger("aioworkq")
 _STOPPING_TIMEOUT: Final = 5.0
 _FAILED_COPY_PAUSE: Final = 5.0
 _SHORTEST_DELAY: Final = 0.125
+_SHORT_REASON: Final = 200
 
 
 class Unsettled(Struct, eq=False):
@@ -51,6 +54,7 @@ class Unsettled(Struct, eq=False):
         tag: Its number there.
         used: How many attempts were used up before it.
         was_started: Whether its handler was started.
+        first_failure: When an attempt of it first failed in this process, if one did.
     """
 
     delivery: Delivery
@@ -58,6 +62,7 @@ class Unsettled(Struct, eq=False):
     tag: int
     used: int
     was_started: bool = False
+    first_failure: datetime | None = None
     is_settled: bool = False
 
 
@@ -203,7 +208,7 @@ class Settler:
     def _give_back(self, unsettled: Unsettled, *, counts: bool) -> Settled:
         if unsettled.subscription.requeue(unsettled.tag, counts=counts):
             self.counts.requeued += 1
-            return Settled.RETURNED
+            return Settled.RETURNED if counts or not self._overcounts else Settled.OVERCOUNTED
         self.counts.stale_settles += 1
         return Settled.LOST
 
@@ -214,34 +219,42 @@ class Settler:
         returned at all, so a second attempt is written into a copy. A quorum queue before
         RabbitMQ 4.3 counts every return, so one that is no attempt is a copy as well.
         """
-        delivery, queue = unsettled.delivery, self._queue
+        delivery = unsettled.delivery
         if outcome.counts:
             is_classic = not is_counted_by_broker(delivery.message.headers)
             needs_copy = is_classic and delivery.redelivered
             used = delivery.attempt
         else:
-            needs_copy = queue.type == "classic" or self.connection.counts_nacks
+            needs_copy = self._overcounts
             used = unsettled.used
         if not needs_copy:
             return self._give_back(unsettled, counts=outcome.counts)
-        if await self._copy_back(unsettled, used=used):
+        if await self._copy_back(unsettled, used=used, has_failed=outcome.counts):
             self.counts.requeued += 1
             return await self._ack_original(unsettled)
         if outcome.counts:
             return await self._put_back(unsettled, counts=True)
-        settled = self._give_back(unsettled, counts=False)
-        return Settled.OVERCOUNTED if settled is Settled.RETURNED else settled
+        return self._give_back(unsettled, counts=False)
+
+    @property
+    def _overcounts(self) -> bool:
+        """Whether a message that is given back is always charged an attempt."""
+        return self._queue.type == "classic" or self.connection.counts_nacks
 
     async def _copy_back(
         self,
         unsettled: Unsettled,
         *,
         used: int,
+        has_failed: bool = False,
         is_trial: bool = False,
         timeout: float | None = None,
     ) -> bool:
         message = unsettled.delivery.message
         headers = {**message.headers, ATTEMPTS: used}
+        first = self._first_failure(unsettled) if has_failed else unsettled.first_failure
+        if first is not None:
+            headers.setdefault(FIRST_FAILURE, first)
         if is_trial:
             headers[TRIAL] = uuid.uuid4().hex  # of this copy, and of no equal message
         if not used:
@@ -251,8 +264,9 @@ class Settler:
     async def _retry(self, unsettled: Unsettled, outcome: Retry) -> Settled:
         """Let a copy wait in the broker, for an eighth of a second up to a year."""
         delivery = unsettled.delivery
-        now = self.connection.now()
-        headers = {FIRST_FAILURE: now, **delivery.message.headers, LAST_FAILURE: now}
+        headers = {**delivery.message.headers, LAST_FAILURE: self.connection.now()}
+        if (first := self._first_failure(unsettled)) is not None:
+            headers.setdefault(FIRST_FAILURE, first)
         headers[ATTEMPTS] = delivery.attempt if outcome.counts else unsettled.used
         headers.pop(TRIAL, None)
         copy = delivery.message.copy_to(self._queue.name, headers)
@@ -286,10 +300,12 @@ class Settler:
         the exception says, then the message's own headers.
         """
         message = unsettled.delivery.message
-        for headers, failure in (
-            (message.headers, outcome.failure),
-            (message.headers, None),
-            ({}, outcome.failure),
+        reason = str(outcome.reason)
+        for headers, why, failure in (
+            (message.headers, reason, outcome.failure),
+            (message.headers, reason, None),
+            ({}, reason, outcome.failure),
+            ({}, reason[:_SHORT_REASON], None),
         ):
             dead = message.copy_to(
                 self._queue.dead_letter_queue,
@@ -297,8 +313,9 @@ class Settler:
                     headers,
                     queue=self._queue.name,
                     attempts=unsettled.used + unsettled.was_started,
-                    reason=str(outcome.reason),
+                    reason=why,
                     failure=failure,
+                    first=self._first_failure(unsettled),
                     now=self.connection.now(),
                 ),
             )
@@ -310,6 +327,12 @@ class Settler:
             else:
                 break
         return dead
+
+    def _first_failure(self, unsettled: Unsettled) -> datetime | None:
+        """Return when a message that fails now failed first; None if it did so elsewhere."""
+        if unsettled.first_failure is not None or unsettled.used:
+            return unsettled.first_failure
+        return self.connection.now()
 
     async def _put_back(self, unsettled: Unsettled, *, counts: bool) -> Settled:
         """Return a message whose copy could not be published; wait a little, so as not to spin."""

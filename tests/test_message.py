@@ -127,6 +127,7 @@ def test_a_dead_letter_tells_what_happened() -> None:
         attempts=3,
         reason="gave up",
         failure=Failure("ValueError", "boom", "Traceback ..."),
+        first=NOW,
         now=NOW,
     )
     assert first == {
@@ -146,6 +147,7 @@ def test_a_dead_letter_tells_what_happened() -> None:
         attempts=4,
         reason="again",
         failure=None,
+        first=LATER,
         now=LATER,
     )
     assert (second[FIRST_FAILURE], second[LAST_FAILURE]) == (NOW, LATER)
@@ -160,6 +162,7 @@ def test_a_dead_letter_always_fits_into_a_frame(text: str) -> None:
         attempts=1,
         reason=text,
         failure=Failure(text, text, text),
+        first=NOW,
         now=NOW,
     )
     message = Message(b"", "q", headers=headers)
@@ -170,7 +173,9 @@ def test_a_dead_letter_always_fits_into_a_frame(text: str) -> None:
 def test_a_long_traceback_keeps_its_end() -> None:
     """The end of a traceback names the error."""
     failure = Failure("E", "m", "start" + "." * 20_000 + "end")
-    headers = dead_letter_headers({}, queue="q", attempts=1, reason="r", failure=failure, now=NOW)
+    headers = dead_letter_headers(
+        {}, queue="q", attempts=1, reason="r", failure=failure, first=None, now=NOW
+    )
     assert headers[TRACEBACK].startswith("…")
     assert headers[TRACEBACK].endswith("end")
     assert len(headers[TRACEBACK]) == 8_000

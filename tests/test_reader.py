@@ -215,7 +215,7 @@ def test_a_large_body_is_put_together_wherever_the_stream_is_cut(
         stream.feed(data[start : start + size])
         start += size
     assert [one.body for one in stream.deliveries] == [body, b"small"]
-    assert stream.passed == HEARTBEAT
+    assert not stream.passed.replace(HEARTBEAT, b"")  # one every so often
     stream.loop.close()
 
 
