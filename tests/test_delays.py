@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["no_complaints"]
 
 HALF_A_SECOND = "aioworkq.v1.delay.02"  # four eighths
+FOUR_SECONDS = "aioworkq.v1.delay.05"
 
 
 async def test_a_delayed_message_never_comes_early(
@@ -214,13 +215,19 @@ async def test_a_deleted_delay_queue_is_declared_again(
 async def test_a_deleted_destination_jams_nobody(
     producer: Producer, broker: Broker, queue_name: str
 ) -> None:
-    """What waited for a queue that is gone lands in aioworkq.v1.unroutable; the others arrive."""
+    """What waited for a queue that is gone lands in aioworkq.v1.unroutable; the others arrive.
+
+    The others wait in the same delay queue, behind more orphans than RabbitMQ dead-letters at a
+    time (32, dead_letter_worker_consumer_prefetch).
+    """
     gone = Queue(f"{queue_name}.gone", bytes, type="classic")
     queue = Queue(queue_name, bytes, type="classic")
     report = await producer.publish_many(gone, [b"gone"] * 100, delay=4)
     assert report.confirmed == 100
     await broker.delete(gone.name)
-    await producer.publish_many(queue, [b"there"] * 100, delay=0.5)
+    report = await producer.publish_many(queue, [b"there"] * 100, delay=4)
+    assert report.confirmed == 100
+    assert await broker.ready(FOUR_SECONDS) == 200
     await eventually(lambda: _has(broker, queue_name, 100))
     await eventually(lambda: _has(broker, UNROUTABLE, 100))
     assert not await broker.exists(gone.name)
