@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import aiormq
 import pytest
 
-from aioworkq import Producer, Queue, TopologyError
+from aioworkq import Delivery, Producer, Queue, RetryLater, RetryPolicy, TopologyError, Worker
 from aioworkq.amqp.declare import look_for
-from aioworkq.delay import DELIVERY_EXCHANGE, UNROUTABLE
+from aioworkq.delay import DELIVERY_EXCHANGE, UNROUTABLE, route
 from aioworkq.message import Message
 from tests.consuming import Broker, eventually
 from tests.publishing import no_complaints
@@ -275,6 +275,31 @@ async def test_orphans_of_a_full_destination_can_be_found(
     await producer.publish(gone, b"gone", delay=0.5)
     await broker.delete(gone.name)
     await eventually(lambda: _has(broker, UNROUTABLE, 1))
+
+
+@pytest.mark.parametrize("how", ["policy", "signal"])
+async def test_a_message_delayed_ten_times_in_a_row_arrives_each_time(
+    producer: Producer, broker: Broker, url: str, queue_name: str, how: str
+) -> None:
+    """The same message goes through the same two delay queues ten times, and is no cycle."""
+    queue, worker = Queue(queue_name, str), Worker(url)
+    attempts = list[int]()
+    way = route(queue_name, 0.375)
+    assert way.hops == 2  # from the second round on, the way from the one to the other is known
+    retry = RetryPolicy(attempts=11, first=0.375, factor=1, jitter=0) if how == "policy" else None
+
+    @worker.handler(queue, attempts=None, retry=retry)
+    async def handle(_: str, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        if len(attempts) <= 10:
+            raise RetryLater(0.375) if retry is None else ConnectionError
+
+    async with worker:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().handled == 1)
+    assert attempts == list(range(1, 12))
+    assert worker.statistics().retried == 10
+    assert await broker.ready(queue.dead_letter_queue) == 0
 
 
 async def test_a_destination_that_is_not_declared_must_exist(
