@@ -78,6 +78,9 @@ class Broker:
         channel = await self._open()
         await channel.queue_declare(queue, durable=True, arguments=arguments)
 
+    async def declare_exchange(self, exchange: str, kind: str) -> None:
+        await (await self._open()).exchange_declare(exchange, exchange_type=kind, durable=True)
+
     async def delete(self, queue: str) -> None:
         await (await self._open()).queue_delete(queue)
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import textwrap
 from asyncio.subprocess import PIPE, Process
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from aioworkq.topology import QueueType
+    from tests.proxy import Direction, Proxy
 
 TYPES = pytest.mark.parametrize("kind", ["quorum", "classic"])
 
@@ -195,6 +196,61 @@ async def test_a_handler_that_kills_its_process(
     assert headers_of(dead)["x-aioworkq-attempts"] == 3
     assert headers_of(dead)["x-aioworkq-reason"] == "crashed"
     assert await broker.ready(queue_name) == 0
+
+
+FRAMES: Final[dict[tuple[Direction, bytes], str]] = {
+    ("to_broker", b"\x00\x3c\x00\x28"): "copy",  # Basic.Publish
+    ("to_client", b"\x00\x3c\x00\x50"): "confirm",  # Basic.Ack
+    ("to_broker", b"\x00\x3c\x00\x50"): "ack",
+}
+
+
+@TYPES
+@pytest.mark.parametrize(("moment", "left"), [("copy", 1), ("confirm", 2), ("ack", 2)])
+async def test_killed_between_a_retry_copy_and_the_ack(
+    broker: Broker,
+    url: str,
+    proxy: Proxy,
+    proxy_url: str,
+    queue_name: str,
+    kind: QueueType,
+    moment: str,
+    left: int,
+) -> None:
+    """Killed at the copy a worker leaves the original, later both of them, until the ack."""
+    queue: Queue[object] = Queue(queue_name, type=kind)
+    source = """
+    @worker.handler(queue)
+    async def handle(body, delivery: Delivery):
+        say("started", delivery.attempt)
+        if delivery.attempt == 1:
+            raise aioworkq.RetryLater(0.125)
+
+    aioworkq.run(worker)
+    """
+    seen = list[str]()
+    async with Producer(url) as producer:
+        await producer.publish(queue, "x")
+    async with script(proxy_url, queue, source) as worker:
+
+        def on_frame(direction: Direction, frame: int, channel: int, payload: bytes) -> bool:
+            if moment not in seen and (direction, payload[:4]) in FRAMES:
+                seen.append(FRAMES[direction, payload[:4]])
+                if moment in seen:
+                    worker.process.kill()
+            return moment not in seen  # this frame and all that follow get no further
+
+        proxy.on_frame = on_frame
+        assert await worker.line() == "started 1"
+        assert await worker.ended() == -signal.SIGKILL
+    assert seen == ["copy", "confirm", "ack"][: len(seen)]
+    async with script(url, queue, source) as worker:
+        assert [await worker.line() for _ in range(left)] == ["started 2"] * left
+        worker.process.terminate()
+        assert await worker.line() == ""
+        assert await worker.ended() == 0
+    for name in (queue_name, queue.dead_letter_queue):
+        assert await broker.ready(name) == 0
 
 
 async def test_a_second_process_takes_over(broker: Broker, url: str, queue_name: str) -> None:

@@ -549,6 +549,45 @@ async def test_the_original_is_acked_after_the_confirm(
     assert await broker.ready(queue_name) == 0
 
 
+@TYPES
+@pytest.mark.parametrize("broken", ["publication", "declaration"])
+async def test_a_retry_that_cannot_be_published(
+    broker: Broker,
+    url: str,
+    queue_name: str,
+    kind: QueueType,
+    broken: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The original goes back to its queue, its attempt counted; nothing is in a delay queue."""
+    queue: Queue[Any] = Queue(queue_name, type=kind)
+    worker = Worker(url)
+    attempts: list[int] = []
+
+    @worker.handler(queue, retry=RetryPolicy(attempts=4, first=0.125, jitter=0))
+    async def handle(body: Any, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        if delivery.attempt == 1:
+            raise ValueError("once")
+
+    if broken == "publication":  # a full queue answers with a negative confirm
+        full = {"x-max-length": 0, "x-overflow": "reject-publish"}
+        await broker.declare("aioworkq.v1.delay.00", **full)
+    else:
+        await broker.declare_exchange("aioworkq.v1.delay.00", "direct")
+    async with worker, Producer(url) as producer:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().handled == 1)
+        statistics = worker.statistics()
+    assert attempts == [1, 2]
+    assert (statistics.retried, statistics.requeued) == (0, 1)
+    assert "could not be published, the original stays" in caplog.text
+    if broken == "publication":
+        assert await broker.ready("aioworkq.v1.delay.00") == 0
+    assert await broker.ready(queue_name) == 0
+    assert await broker.ready(queue.dead_letter_queue) == 0
+
+
 async def test_dead_letter_queue_deleted(broker: Broker, url: str, queue_name: str) -> None:
     """A dead-letter queue that was deleted is declared again when it is needed."""
     queue: Queue[Any] = Queue(queue_name)
