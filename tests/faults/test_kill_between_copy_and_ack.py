@@ -1,9 +1,10 @@
-"""The broker is killed between the copy of a message (retry, dead letter) and the original's ack.
+"""The broker is killed between the retry copy of a message and the ack of its original.
 
-A proxy sees the frames. At the frame that publishes a copy, confirms it, or acks the original, the
-broker is killed: at that very moment, or a few milliseconds later; the frame itself still gets
-through, or is held back for ever. Afterwards every message must have been handled or dead-lettered,
-and no delivery may count more attempts than there are. Duplicates are allowed, counted and printed.
+A proxy sees the frames. At the frame that publishes a retry copy, confirms it, or acks its
+original, the broker is killed: at that very moment, or a few milliseconds later; the frame itself
+still gets through, or is held back for ever. Afterwards every message must have been handled or
+dead-lettered, and no delivery may count more attempts than there are. Duplicates are allowed,
+counted and printed, and so is how many messages were between confirm and ack at the kill.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import logging
 import os
 import random
 import signal
-from collections import Counter
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Final
 
 import pytest
+from pamqp.commands import Basic
+from pamqp.header import ContentHeader
 
 from aioworkq import Delivery, Producer, Queue, Reject, RetryPolicy, Worker
 from tests.consuming import Broker, eventually
@@ -33,26 +36,125 @@ EACH: Final = 30
 """Messages of each queue and round."""
 PATIENCE: Final = 60.0
 
+METHOD, HEADER = 1, 2
+BASIC_CONSUME: Final = b"\x00\x3c\x00\x14"
 BASIC_PUBLISH: Final = b"\x00\x3c\x00\x28"
+BASIC_DELIVER: Final = b"\x00\x3c\x00\x3c"
 BASIC_ACK: Final = b"\x00\x3c\x00\x50"
+CONFIRM_SELECT: Final = b"\x00\x55\x00\x0a"
 
-MOMENTS: Final[dict[str, tuple[Direction, bytes]]] = {
-    "publish of the copy": ("to_broker", BASIC_PUBLISH),
-    "confirm of the copy": ("to_client", BASIC_ACK),
-    "ack of the original": ("to_broker", BASIC_ACK),
-}
+PUBLISH, CONFIRM, ACK = MOMENTS = (
+    "publish of the copy",
+    "confirm of the copy",
+    "ack of the original",
+)
+
+
+class Copies:
+    """Follows retry copies and their originals through the frames of a worker's connections.
+
+    Copies to other queues than those of delays (dead letters, new counts) are left out.
+
+    Attributes:
+        in_window: The ids of messages of which a retry copy is confirmed, and the original not yet
+            acked.
+    """
+
+    def __init__(self) -> None:
+        self._delivered: defaultdict[int, dict[int, str]] = defaultdict(dict)
+        self._published: defaultdict[int, dict[int, str]] = defaultdict(dict)
+        self._numbers: Counter[int] = Counter()
+        self._heads: dict[tuple[Direction, int], tuple[dict[int, str], int]] = {}
+        self.in_window = set[str]()
+
+    def __call__(self, direction: Direction, kind: int, channel: int, payload: bytes) -> bool:
+        """Let a frame through."""
+        self.note(direction, kind, channel, payload)
+        return True
+
+    def moment(self, direction: Direction, kind: int, channel: int, payload: bytes) -> str | None:
+        """Say which moment of a retry copy a frame is that is not noted yet."""
+        if kind != METHOD:
+            return None
+        if direction == "to_broker" and payload[:4] == BASIC_PUBLISH:
+            return PUBLISH if is_to_delay_queue(payload) else None
+        if payload[:4] != BASIC_ACK:
+            return None
+        if direction == "to_client":
+            return CONFIRM if covered(self._published[channel], payload) else None
+        originals = covered(self._delivered[channel], payload)
+        return ACK if not self.in_window.isdisjoint(originals.values()) else None
+
+    def note(self, direction: Direction, kind: int, channel: int, payload: bytes) -> None:
+        """Take note of a frame that has come from the broker, or gets to it."""
+        if kind == HEADER and (direction, channel) in self._heads:
+            messages, number = self._heads.pop((direction, channel))
+            header = ContentHeader()
+            header.unmarshal(payload)
+            messages[number] = header.properties.message_id or ""
+        if kind != METHOD:
+            return
+        delivered, published = self._delivered[channel], self._published[channel]
+        match direction, payload[:4]:
+            case "to_broker", method if method == BASIC_CONSUME:  # another channel, from 1 on
+                delivered.clear()
+            case "to_broker", method if method == CONFIRM_SELECT:
+                published.clear()
+                self._numbers[channel] = 0
+            case "to_client", method if method == BASIC_DELIVER:
+                deliver = Basic.Deliver()
+                deliver.unmarshal(payload[4:])
+                self._heads[direction, channel] = delivered, deliver.delivery_tag or 0
+            case "to_broker", method if method == BASIC_PUBLISH:
+                self._numbers[channel] += 1
+                if is_to_delay_queue(payload):
+                    self._heads[direction, channel] = published, self._numbers[channel]
+            case "to_client", method if method == BASIC_ACK:
+                self.in_window.update(take_covered(published, payload))
+            case "to_broker", method if method == BASIC_ACK:
+                self.in_window.difference_update(take_covered(delivered, payload))
+            case _:
+                pass
+
+
+def is_to_delay_queue(publish: bytes) -> bool:
+    """Tell whether a Basic.Publish goes to the exchange of a delay queue."""
+    frame = Basic.Publish()
+    frame.unmarshal(publish[4:])
+    return (frame.exchange or "").startswith("aioworkq.v1.delay.")
+
+
+def covered(messages: dict[int, str], ack: bytes) -> dict[int, str]:
+    """Return those messages, by their numbers, that a Basic.Ack means."""
+    frame = Basic.Ack()
+    frame.unmarshal(ack[4:])
+    tag = frame.delivery_tag or 0
+    if frame.multiple:
+        return {number: one for number, one in messages.items() if number <= tag or not tag}
+    return {tag: messages[tag]} if tag in messages else {}
+
+
+def take_covered(messages: dict[int, str], ack: bytes) -> set[str]:
+    """Take out those messages that a Basic.Ack means."""
+    return {messages.pop(number) for number in covered(messages, ack)}
 
 
 class Strike:
-    """Kills a node around one frame. Watches the frames of a proxy as its ``on_frame``."""
+    """Kills a node around one frame of a retry copy: the ``on_frame`` of a proxy.
 
-    def __init__(self, node: RabbitMQ, chance: random.Random) -> None:
+    Attributes:
+        window: How many messages were between their copy's confirm and their ack at the kill.
+    """
+
+    def __init__(self, node: RabbitMQ, copies: Copies, chance: random.Random) -> None:
         self._node = node
-        self._name = chance.choice(list(MOMENTS))
+        self._copies = copies
+        self._name = chance.choice(MOMENTS)
         self._frames_left = chance.randint(1, 8)
         self._is_held = chance.random() < 0.5
         self._offset = chance.choice((0.0, chance.uniform(0, 0.005), chance.uniform(0, 0.05)))
         self._loop = asyncio.get_running_loop()
+        self.window = 0
         self.is_due = False
         self.is_done = False
 
@@ -61,24 +163,28 @@ class Strike:
         return f"{self._name} {held}, {1000 * self._offset:.1f} ms later"
 
     def __call__(self, direction: Direction, kind: int, channel: int, payload: bytes) -> bool:
-        if self.is_due:
-            return not self._is_held  # a frame is no use without those that follow it
-        if kind != 1 or (direction, payload[:4]) != MOMENTS[self._name]:
-            return True
-        self._frames_left -= 1
-        if self._frames_left:
-            return True
-        self.is_due = True
-        if self._offset:
-            self._loop.call_later(self._offset, self.kill)
-        else:
-            self.kill()
-        return not self._is_held
+        moment = self._copies.moment(direction, kind, channel, payload)
+        if direction == "to_client":  # what the broker has said is so, whoever hears it
+            self._copies.note(direction, kind, channel, payload)
+        if moment == self._name and not self.is_due:
+            self._frames_left -= 1
+            if not self._frames_left:
+                self.is_due = True
+                if self._offset:
+                    self._loop.call_later(self._offset, self.kill)
+                else:
+                    self.kill()
+        if self.is_due and self._is_held:
+            return False  # a frame is no use without those that follow it
+        if direction == "to_broker" and not self.is_done:
+            self._copies.note(direction, kind, channel, payload)
+        return True
 
     def kill(self) -> None:
         """Kill the node. It is dead on return, but for the kernel's cleaning up."""
         if not self.is_done:
             self.is_done = True
+            self.window = len(self._copies.in_window)
             assert self._node._node is not None
             assert self._node._node.server is not None
             os.killpg(self._node._node.server.pid, signal.SIGKILL)
@@ -134,11 +240,13 @@ async def test_nothing_is_lost(
         Queue(f"{queue_name}.quorum", int),
         Queue(f"{queue_name}.classic", int, type="classic"),
     )
-    ledger, numbers = Ledger(), iter(range(1_000_000))
+    ledger, copies, numbers = Ledger(), Copies(), iter(range(1_000_000))
+    windows = list[int]()
     retry = RetryPolicy(attempts=ATTEMPTS, first=0.125, max=0.25)
 
     async def round_of(strike: Strike | None, proxy: Proxy, producer: Producer) -> None:
-        proxy.on_frame = strike
+        copies.in_window.clear()
+        proxy.on_frame = strike or copies
         for queue in queues:
             mine = [next(numbers) for _ in range(EACH)]
             report = await producer.publish_many(queue, mine)
@@ -148,11 +256,12 @@ async def test_nothing_is_lost(
             await eventually(lambda: strike.is_done or not ledger.lost, timeout=PATIENCE)
             strike.kill()
             await quick_node.kill()
-            proxy.on_frame = None
+            proxy.on_frame = copies
             await quick_node.start()
         await eventually(ledger.look_for_dead, quick_node.url, *queues, timeout=PATIENCE)
 
     async with Proxy(quick_node.port) as proxy, Producer(quick_node.url) as producer:
+        proxy.on_frame = copies
         worker = Worker(proxy.url(quick_node.url), grace=10)
         for queue in queues:
             worker.handler(queue, concurrency=5, retry=retry)(ledger.handle)
@@ -160,19 +269,25 @@ async def test_nothing_is_lost(
             await round_of(None, proxy, producer)
             await write_down(quick_node)  # all queues exist
             for number in range(100 if is_long else 10):
-                strike = Strike(quick_node, random.Random(number))
+                strike = Strike(quick_node, copies, random.Random(number))
                 before = ledger.dead + ledger.handled
                 with contextlib.suppress(TimeoutError):
                     await round_of(strike, proxy, producer)
                 again = sum(n > 1 for n in (ledger.dead + ledger.handled - before).values())
-                print(f"{number}: {strike}: {again} done twice, lost: {sorted(ledger.lost)}")
+                windows.append(strike.window)
+                print(
+                    f"{number}: {strike}: {strike.window} between confirm and ack, "
+                    f"{again} done twice, lost: {sorted(ledger.lost)}",
+                )
                 assert not ledger.lost
     done = ledger.dead + ledger.handled
     unlucky = sum(number % 5 < ATTEMPTS for number in ledger.dead)
     print(
         f"{len(ledger.published)} messages, {sum(ledger.runs.values())} runs, "
         f"{len(ledger.handled)} handled, {len(ledger.dead)} dead-lettered "
-        f"({unlucky} of them by bad luck), {sum(n > 1 for n in done.values())} done twice",
+        f"({unlucky} of them by bad luck), {sum(n > 1 for n in done.values())} done twice; "
+        f"{sum(map(bool, windows))} of {len(windows)} kills between a confirm and an ack",
     )
+    assert any(windows)
     assert ledger.highest_attempt == ATTEMPTS
     assert not [number for number in ledger.handled if number % 5 >= ATTEMPTS]
