@@ -18,15 +18,20 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
+import aiormq
 import pytest
+from pamqp.commands import Basic
 
 from aioworkq import Producer, Queue, Worker, WorkQueueError
 from aioworkq.testing import RabbitMQCluster
+from aioworkq.versions import semantics_of
 from tests.consuming import eventually
-from tests.nodes import write_down
+from tests.nodes import in_thread, publish, write_down
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
+
+    from aiormq.abc import AbstractChannel
 
     from aioworkq.testing import RabbitMQ
 
@@ -179,3 +184,44 @@ async def test_the_leader_is_killed(
         again = sum(runs > 1 for runs in log.runs.values())
         print(f"{cluster.nodes[0].version}: {len(log.confirmed)} confirmed, {again} run twice")
     assert not log.lost
+
+
+async def is_taken(channel: AbstractChannel, queue: str) -> bool:
+    """Publish a message, and return whether it is confirmed, not refused."""
+    try:
+        confirm = await channel.basic_publish(b"x", routing_key=queue, mandatory=True)
+    except aiormq.exceptions.DeliveryError:
+        return False
+    return isinstance(confirm, Basic.Ack)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.slow
+async def test_a_channel_that_first_published_without_a_leader(
+    version: str | None, queue_name: str
+) -> None:
+    """Before RabbitMQ 4.0 it is refused still when there is a leader, while others are not.
+
+    This is the cell `keeps_refusing` of the table of versions. Two of three nodes are killed, so
+    that there is no leader, and only the one comes back that was none.
+    """
+    async with RabbitMQCluster(version=version) as cluster:
+        keeps_refusing = semantics_of(cluster.nodes[0].version).keeps_refusing
+        await in_thread(publish, cluster.nodes[0].url, queue_name, b"x", "quorum")
+        await all_in_sync(queue_name, cluster)
+        leader = await leader_of(queue_name, cluster)
+        client, other = (node for node in cluster.nodes if node is not leader)
+        for node in cluster.nodes:
+            await write_down(node)
+        async with asyncio.timeout(PATIENCE), await aiormq.connect(client.url) as connection:
+            channel = await connection.channel()
+            await leader.kill()
+            await other.kill()
+            first = asyncio.create_task(is_taken(channel, queue_name))
+            if keeps_refusing:
+                assert not await first  # later versions let it wait
+            await other.start()
+            assert await leader_of(queue_name, cluster) is not leader
+            assert await is_taken(await connection.channel(), queue_name)
+            assert await is_taken(channel, queue_name) is not keeps_refusing
+            assert await first is not keeps_refusing
