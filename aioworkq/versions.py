@@ -31,8 +31,8 @@ class Semantics(Struct, frozen=True, kw_only=True):
             ``consumer_timeout``: the whole channel, or its consumer only.
         timeout_of_classic: The same for a classic queue; None if nothing does.
         keeps_refusing: Whether a quorum queue of a cluster that had no leader when a channel first
-            published to it may refuse everything on that channel for good. The test that kills
-            leaders of a cluster shows it.
+            published to it may refuse everything on that channel for good. This needs a cluster:
+            ``tests/faults/test_cluster.py`` asks it.
         has_last_death: Whether a dead-lettered message tells its last death beside its first one,
             in ``x-last-death-*``.
         believes_x_death: Whether an ``x-death`` header that a client publishes takes part in the
