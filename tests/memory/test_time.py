@@ -54,6 +54,33 @@ async def test_an_hour_of_backoff_passes_in_no_time(broker: MemoryBroker) -> Non
     assert broker.dead(queue) == [1]
 
 
+@pytest.mark.parametrize("slow_down", [True, False])
+async def test_an_outage_of_an_hour(
+    broker: MemoryBroker,
+    slow_down: bool,  # noqa: FBT001 - what differs
+) -> None:
+    """Slowed, a handler that fails for an hour gives up none of 200 messages; otherwise all."""
+    queue, worker, handled, is_up = Queue("q", int), Worker(broker), set[int](), False
+
+    @worker.handler(queue, concurrency=10, retry=RetryPolicy(), slow_down=slow_down)
+    async def call_a_service(number: int) -> None:
+        if not is_up:
+            raise ConnectionError("the service is down")
+        handled.add(number)
+
+    async with Producer(broker) as producer, worker:
+        (await producer.publish_many(queue, range(200))).raise_for_errors()
+        await broker.advance(3600)
+        assert worker.statistics().consumers["q"].is_slowed is slow_down
+        assert not handled
+        is_up = True
+        await broker.advance(600)
+        assert not worker.statistics().consumers["q"].is_slowed
+    dead = broker.dead(queue)
+    assert (len(dead) < 10) if slow_down else (len(dead) == 200)
+    assert sorted([*handled, *dead]) == list(range(200))
+
+
 async def test_pauses_of_a_worker_pass(broker: MemoryBroker) -> None:
     """A message that is requeued is kept for its pause of virtual time."""
     queue, worker, attempts = Queue("q", int), Worker(broker), list[int]()
