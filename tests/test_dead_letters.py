@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +29,16 @@ from aioworkq import (
     Worker,
 )
 from aioworkq.message import ATTEMPTS, COPIES, OUR_HEADERS, raw
+from tests.consuming import eventually
 
 if TYPE_CHECKING:
     from tests.consuming import Broker
+    from tests.proxy import Direction, Proxy
 
 pytestmark = pytest.mark.anyio
+
+BASIC_PUBLISH = b"\x00\x3c\x00\x28"
+BASIC_ACK = b"\x00\x3c\x00\x50"
 
 
 @dataclass
@@ -200,6 +206,70 @@ async def test_a_replay_that_is_interrupted_can_be_run_again(url: str, queue_nam
         assert left == set(range(6)) - set(chosen)
         assert await dead.replay() == 3
         assert await dead.peek() == []
+
+
+async def test_a_rate_bounds_a_replay(
+    url: str, queue_name: str, proxy: Proxy, proxy_url: str
+) -> None:
+    """No copy is sent before its turn, of which there are as many in a second as `rate` says."""
+    queue, rate, sent = Queue(queue_name, Job), 10, list[float]()
+    await die(url, queue, jobs(8))
+
+    def on_frame(direction: Direction, kind: int, channel: int, payload: bytes) -> bool:
+        if (direction, payload[:4]) == ("to_broker", BASIC_PUBLISH):
+            sent.append(time.monotonic())
+        return True
+
+    async with DeadLetters(proxy_url, queue) as dead:
+        proxy.on_frame = on_frame
+        began = time.monotonic()
+        assert await dead.replay(rate=rate) == 8
+    assert len(sent) == 8
+    assert all(at >= began + turn / rate for turn, at in enumerate(sent))
+
+
+async def test_a_replay_that_is_cut_off_before_an_ack(
+    url: str, queue_name: str, proxy: Proxy, proxy_url: str
+) -> None:
+    """Between a copy's confirm and the dead letter's ack: nothing is lost, and this one is two."""
+    queue = Queue(queue_name, Job)
+    await die(url, queue, jobs(6))
+    seen = list[str]()
+
+    def on_frame(direction: Direction, kind: int, channel: int, payload: bytes) -> bool:
+        if payload[:4] == BASIC_PUBLISH and direction == "to_broker":
+            seen.append("copy")
+        elif payload[:4] == BASIC_ACK:
+            seen.append("ack" if direction == "to_broker" else "confirm")
+        if seen.count("ack") < 3:
+            return True
+        proxy.on_frame = None
+        proxy.cut()
+        return False
+
+    async with DeadLetters(proxy_url, queue) as dead:
+        proxy.on_frame = on_frame
+        with pytest.raises(ConnectionLostError):
+            await dead.replay()
+    assert seen == ["copy", "confirm", "ack"] * 3
+    async with DeadLetters(url, queue) as dead:
+        left = [one.body().number for one in await dead.peek()]
+        assert len(left) == 4
+        assert await dead.replay() == 4
+        assert await dead.peek() == []
+    handled: Counter[int] = Counter()
+    worker = Worker(url)
+
+    @worker.handler(queue)
+    async def handle(job: Job) -> None:
+        handled[job.number] += 1
+
+    async with worker:
+        await eventually(lambda: worker.statistics().handled == 7)
+    assert sorted(handled) == list(range(6))
+    assert sum(handled.values()) == 7
+    ((twice, _),) = handled.most_common(1)
+    assert twice in left
 
 
 async def test_a_purge_drops_what_is_chosen(url: str, queue_name: str) -> None:
