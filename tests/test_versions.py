@@ -20,8 +20,10 @@ from aioworkq import (
     Worker,
     dead_letters,
 )
+from aioworkq.delay import UNROUTABLE
 from aioworkq.testing import RabbitMQ
 from aioworkq.versions import TABLE, Semantics, semantics_of
+from tests.nodes import in_thread
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,6 +176,35 @@ def test_the_limit_of_a_queue_without_one(
         else:
             channel.basic_reject(tag)
     get_next(channel, queue_name if limit is None else dead)
+
+
+def return_often(url: str, queue: str) -> None:
+    """Return a message by rejects and lost channels, and look whether it comes back each time."""
+    with contextlib.closing(pika.BlockingConnection(pika.URLParameters(url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        publish(channel, queue)
+        for number in range(MOST):
+            one = connection.channel()
+            tag, headers = get_next(one, queue)
+            assert headers.get("x-delivery-count", number) == number
+            if number % 2:
+                one.basic_reject(tag)
+            one.close()
+        get_next(channel, queue)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("kind", ["quorum", "classic"])
+async def test_no_limit_of_a_queue_of_ours(
+    url: str, queue_name: str, kind: Literal["quorum", "classic"]
+) -> None:
+    """Returned forty times, a message is still in a queue that we declared, whichever it is."""
+    queue = Queue[str](queue_name, type=kind)
+    async with Producer(url) as producer:
+        await producer.publish(queue, "x", delay=3600)  # this declares all of them
+    for name in (queue.name, queue.dead_letter_queue, UNROUTABLE):
+        await in_thread(return_often, url, name)
 
 
 def test_priorities_of_a_quorum_queue(
