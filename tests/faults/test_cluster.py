@@ -75,8 +75,14 @@ async def leader_of(queue: str, cluster: RabbitMQCluster) -> RabbitMQ:
         return len(leaders) == 1
 
     await eventually(found, timeout=PATIENCE)
-    by_name = {node._node.name: node for node in cluster.nodes if node._node is not None}
+    by_name = {name_of(node): node for node in cluster.nodes}
     return by_name[leaders[0]]
+
+
+def name_of(node: RabbitMQ) -> str:
+    """Return the name of a node that was started, without its host."""
+    assert node._node is not None
+    return node._node.name
 
 
 def host_of(client: Producer | Worker, cluster: RabbitMQCluster) -> RabbitMQ | None:
@@ -90,7 +96,7 @@ def host_of(client: Producer | Worker, cluster: RabbitMQCluster) -> RabbitMQ | N
 async def lead(queue: str, cluster: RabbitMQCluster, node: RabbitMQ) -> None:
     """Have a queue led by this node's member of it."""
     while (leader := await leader_of(queue, cluster)) is not node:
-        ids = [f"{{'%2F_{queue}', {one._node.name}@localhost}}" for one in (leader, node)]
+        ids = [f"{{'%2F_{queue}', {name_of(one)}@localhost}}" for one in (leader, node)]
         await leader.eval(f"ra:transfer_leadership({', '.join(ids)})")
 
 
