@@ -222,9 +222,11 @@ async def test_killed_between_a_retry_copy_and_the_ack(
     source = """
     @worker.handler(queue)
     async def handle(body, delivery: Delivery):
-        say("started", delivery.attempt)
         if delivery.attempt == 1:
+            say("fails")
             raise aioworkq.RetryLater(0.125)
+        # The copy's second or third: RabbitMQ may have handed it to the dead process too.
+        say("succeeds")
 
     aioworkq.run(worker)
     """
@@ -241,11 +243,11 @@ async def test_killed_between_a_retry_copy_and_the_ack(
             return moment not in seen  # this frame and all that follow get no further
 
         proxy.on_frame = on_frame
-        assert await worker.line() == "started 1"
+        assert await worker.line() == "fails"
         assert await worker.ended() == -signal.SIGKILL
     assert seen == ["copy", "confirm", "ack"][: len(seen)]
     async with script(url, queue, source) as worker:
-        assert [await worker.line() for _ in range(left)] == ["started 2"] * left
+        assert [await worker.line() for _ in range(left)] == ["succeeds"] * left
         worker.process.terminate()
         assert await worker.line() == ""
         assert await worker.ended() == 0
