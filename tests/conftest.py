@@ -18,7 +18,8 @@ fixture         scope    what it is
 A test that uses one of the first seven is marked ``rabbitmq``. The node of a test with other needs
 is ``async with RabbitMQ(...)`` in the test, which then marks itself.
 
-With ``--documented-calls`` the library runs as on an aiormq that lacks a name of its fast paths.
+With ``--documented-calls`` the library runs as on an aiormq that lacks a name of its fast paths,
+here and in the programs that tests start.
 
 Every async test runs in an event loop of its own; the synchronous fixtures run their coroutines
 in the loop of a background thread, so that they serve synchronous tests too. A test fails when it
@@ -31,11 +32,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
+import os
 import re
 import signal
+import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -83,6 +87,10 @@ def documented_calls(request: pytest.FixtureRequest) -> Iterator[bool]:
             from aioworkq.amqp import features  # noqa: PLC0415 - see above
 
             patch.setattr(features, "CHANNEL_NAMES", (*features.CHANNEL_NAMES, "no_such_name"))
+            # For programs that tests start, with this environment or with this path.
+            folder = str(Path(__file__).parent / "documented_calls")
+            patch.setenv("PYTHONPATH", folder, prepend=os.pathsep)
+            patch.setattr("sys.path", [folder, *sys.path])
         yield wanted
 
 

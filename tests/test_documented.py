@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -13,11 +16,22 @@ from aioworkq.amqp import features
 from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
 from tests.consuming import Broker, eventually, headers_of
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 
 @pytest.fixture
 def no_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let aiormq lack a name."""
     monkeypatch.setattr(features, "CHANNEL_NAMES", ("rpc", "no_such_name"))
+
+
+@pytest.fixture
+def nothing_explained() -> Iterator[None]:
+    """Let nothing have been logged yet in this process."""
+    features.explain.cache_clear()
+    yield
+    features.explain.cache_clear()
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -28,6 +42,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
+@pytest.mark.usefixtures("nothing_explained")
 @pytest.mark.parametrize("lacks", [True, False])
 async def test_one_line_says_what_is_missing(
     url: str,
@@ -61,9 +76,40 @@ async def test_one_line_says_what_is_missing(
                 ),
             }
     assert kinds == {lacks}
-    # One for the connection of the producer, one for that of the worker.
-    assert len(warnings(caplog)) == (2 if lacks else 0)
+    # One, though the producer and the worker have a connection each.
+    assert len(warnings(caplog)) == (1 if lacks else 0)
     assert all("has no Channel.no_such_name: aioworkq" in line for line in warnings(caplog))
+    assert {r.levelname for r in caplog.records if "documented" in r.getMessage()} <= {"WARNING"}
+
+
+@pytest.mark.usefixtures("nothing_explained")
+def test_other_missing_names_are_another_line(caplog: pytest.LogCaptureFixture) -> None:
+    """The same ones are told once."""
+    for names in [("one",), ("one", "two"), ("one",), ("one", "two")]:
+        features.explain(*names)
+    assert [line.split(" has no ")[1].split(":")[0] for line in warnings(caplog)] == [
+        "Channel.one",
+        "Channel.one, Channel.two",
+    ]
+
+
+@pytest.mark.parametrize("path", ["PYTHONPATH", "sys.path"])
+def test_programs_that_tests_start_are_switched_too(
+    path: str,
+    documented_calls: bool,  # noqa: FBT001 - a fixture
+) -> None:
+    """By the environment of the tests, and by their path; the library is imported no earlier."""
+    program = """if True:
+        import sys
+        assert "aioworkq" not in sys.modules
+        from aioworkq.amqp import features
+        print("no_such_name" in features.CHANNEL_NAMES)
+    """
+    env = dict(os.environ)
+    if path == "sys.path":
+        env["PYTHONPATH"] = os.pathsep.join(sys.path)
+    printed = subprocess.check_output([sys.executable, "-c", program], env=env, text=True)
+    assert printed == f"{documented_calls}\n"
 
 
 @pytest.mark.usefixtures("no_names")

@@ -108,7 +108,6 @@ class AmqpConnection:
         self._current: AbstractConnection | None = None
         self._frame_max = DEFAULT_FRAME_MAX
         self._link: Link | None = None
-        self._has_explained = False
         self._changes = Changes()
         self._tasks: list[asyncio.Task[None]] = []
         self._going_on: set[asyncio.Task[None]] = set()
@@ -395,10 +394,10 @@ class AmqpConnection:
         if channel.connection is not self._current:
             raise ConnectionLostError("opening a channel", reason=self._last_error)
         missing = missing_names(channel)
-        if missing and not self._has_explained:
-            self._has_explained = True
-            _log.warning("%s", explain(missing))
-        return None if missing else self._link
+        if not missing:
+            return self._link
+        explain(*missing)
+        return None
 
     def _go_on(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start bounded work that is not cancelled with who asked for it."""
