@@ -6,6 +6,7 @@ import asyncio
 import logging
 import pickle
 import threading
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -103,6 +104,42 @@ async def test_a_batch_is_full_or_its_oldest_has_waited(memory: MemoryBroker) ->
         await memory.advance(0.1)
         assert batches[3:] == [[11]]
         assert worker.statistics().handled == 12
+
+
+async def test_the_time_of_day_holds_no_batch_up(
+    memory: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set back by an hour, it makes no message wait for more than `max_wait` from then on."""
+    worker = Worker(memory)
+    batches: list[list[int]] = []
+    go_on = asyncio.Event()
+    now, set_back = memory.clock.now, timedelta(0)
+    monkeypatch.setattr(memory.clock, "now", lambda: now() - set_back)
+
+    @worker.batch_handler(NUMBERS, max_size=4, max_wait=2)
+    async def handle(numbers: list[int]) -> None:
+        batches.append(numbers)
+        await go_on.wait()
+
+    async with worker, Producer(memory) as producer:
+        await producer.publish(NUMBERS, 0)
+        await memory.advance(1)
+        set_back += timedelta(hours=1)  # while it is waited for the first one's time
+        await memory.advance(0.9)
+        assert batches == []
+        await memory.advance(0.1)
+        assert batches == [[0]]
+        await producer.publish(NUMBERS, 1)
+        await memory.settle()
+        set_back += timedelta(hours=1)  # while the second one waits for the only slot
+        go_on.set()
+        await memory.advance(2)
+        assert batches[1:] == [[1]]
+        await producer.publish(NUMBERS, 2)  # and all is as before
+        await memory.advance(1.9)
+        assert batches[2:] == []
+        await memory.advance(0.1)
+        assert batches[2:] == [[2]]
 
 
 async def test_without_a_wait_what_is_there_is_handed_over(memory: MemoryBroker) -> None:
