@@ -12,7 +12,15 @@ import anyio.from_thread
 import pytest
 
 from aioworkq import Delivery, Producer, Queue, RetryPolicy, Worker
-from tests.consuming import Broker, channels, eventually, headers_of, publish_all, publish_with_pika
+from tests.consuming import (
+    PATIENCE,
+    Broker,
+    channels,
+    eventually,
+    headers_of,
+    publish_all,
+    publish_with_pika,
+)
 
 if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
@@ -70,6 +78,33 @@ async def test_concurrency_is_a_bound(url: str, queue_name: str) -> None:
         await publish_all(producer, queue, range(300))
         await eventually(lambda: worker.statistics().handled == 300)
     assert peak == 4
+
+
+async def test_as_many_threads_as_concurrency_says(url: str, queue_name: str) -> None:
+    """Fifty plain functions run at once, more than AnyIO's own limit, and never one more."""
+    queue = Queue(queue_name, int)
+    worker = Worker(url)
+    release, lock = threading.Event(), threading.Lock()
+    running = peak = 0
+
+    @worker.handler(queue, concurrency=50, prefetch_count=150)
+    def handle(number: int) -> None:
+        nonlocal running, peak
+        with lock:
+            running += 1
+            peak = max(peak, running)
+        release.wait(2 * PATIENCE)
+        with lock:
+            running -= 1
+
+    async with worker, Producer(url) as producer:
+        try:
+            await publish_all(producer, queue, range(150))
+            await eventually(lambda: running == 50 and worker.statistics().waiting == 100)
+        finally:
+            release.set()
+        await eventually(lambda: worker.statistics().handled == 150)
+    assert peak == 50
 
 
 async def test_a_slow_message_does_not_hold_the_others(url: str, queue_name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Optional
@@ -228,8 +229,18 @@ def test_prefetch_follows_concurrency() -> None:
     assert make(body_only).prefetch_count == make(body_only).concurrency == 10
     assert make(body_only, concurrency=3).prefetch_count == 3
     assert make(body_only, concurrency=3, prefetch_count=9).prefetch_count == 9
-    assert make(plain).concurrency >= 1
     assert make(body_only, retry=RetryPolicy(attempts=4)).options.attempts == 4
+
+
+@pytest.mark.parametrize(("cpus", "threads"), [(1, 1), (7, 7), (None, 1)])
+def test_as_many_threads_as_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int | None, threads: int
+) -> None:
+    """Unless `concurrency` is given; one where their number is unknown."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cpus)
+    assert make(plain).concurrency == make(plain).prefetch_count == threads
+    assert make(plain, concurrency=3).concurrency == 3
+    assert make(body_only).concurrency == 10
 
 
 @pytest.mark.anyio
