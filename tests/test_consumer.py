@@ -60,6 +60,24 @@ async def test_own_channel_and_prefetch(rabbitmq: RabbitMQ, url: str, queue_name
         assert (statistics[two.name].in_flight, statistics[two.name].waiting) == (5, 0)
 
 
+async def test_buffers_are_sized_to_the_prefetch(url: str, queue_name: str) -> None:
+    """By documented calls all deliveries of a prefetch, four frames each, are taken off the wire.
+
+    It is bounded by 65,535 frames.
+    """
+    worker = Worker(url)
+    sizes = {1: 64, 16: 64, 17: 68, 100: 400, 16_384: 65_535, 65_535: 65_535}
+    for prefetch_count in sizes:
+
+        @worker.handler(f"{queue_name}.{prefetch_count}", prefetch_count=prefetch_count)
+        async def handle(body: Any) -> None: ...
+
+    async with worker:
+        subscriptions: list[Any] = [consumer._subscription for consumer in worker._consumers]
+        found = {one._prefetch_count: one._channel.frames.maxsize for one in subscriptions}
+    assert found == sizes
+
+
 async def test_concurrency_is_a_bound(url: str, queue_name: str) -> None:
     """No more than `concurrency` handlers run at a time, and all slots are used."""
     queue = Queue(queue_name, int)
