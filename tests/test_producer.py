@@ -240,6 +240,22 @@ async def test_each_of_many_messages_with_one_id_gets_its_own_outcome(
     assert await broker.ready(queue_name) == 201
 
 
+@pytest.mark.fast_path("pamqp refuses the names")
+async def test_a_declaration_leaves_no_channel_behind(producer: Producer, queue_name: str) -> None:
+    """Not for a missing queue, nor for one whose name is too long for an answer of RabbitMQ."""
+
+    def channels() -> int:
+        assert producer._outbox is not None
+        connection: Any = producer._outbox.connection
+        return len([one for one in connection._current.channels.values() if one is not None])
+
+    await producer.publish(queue_name, b"x")
+    before = channels()
+    await producer.publish(f"{queue_name}.missing", b"x")
+    await producer.publish("名" * 80, b"x")
+    await eventually(lambda: channels() == before)
+
+
 @pytest.mark.fast_path("nothing is numbered")
 async def test_a_republished_message_does_not_lend_its_number_to_another(
     producer: Producer, broker: Broker, queue_name: str, url: str

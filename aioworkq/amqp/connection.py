@@ -427,26 +427,23 @@ class AmqpConnection:
         channel: AbstractChannel | None = None
         try:
             for declaration in declarations:
-                if channel is None or channel.is_closed:  # a refusal closes it
-                    channel = await self._open_channel(
-                        what,
-                        confirms=False,
-                        frame_buffer=8,
-                        timeout=timeout,
-                    )
+                channel = await self._usable(channel, what, timeout=timeout)
                 if isinstance(declaration, QueueDeclaration):
                     if await self._has_queue(channel, declaration, timeout=timeout):
                         continue
-                    channel = await self._open_channel(
-                        what,
-                        confirms=False,
-                        frame_buffer=8,
-                        timeout=timeout,
-                    )
+                    channel = await self._usable(channel, what, timeout=timeout)
                 await declare_on(channel, declaration, timeout=timeout)
         finally:
             if channel is not None:
                 await close_bounded(channel, timeout=timeout)
+
+    async def _usable(
+        self, channel: AbstractChannel | None, what: str, *, timeout: float
+    ) -> AbstractChannel:
+        """Return a channel to declare on: another one where a refusal has closed it."""
+        if channel is not None and not channel.is_closed:
+            return channel
+        return await self._open_channel(what, confirms=False, frame_buffer=8, timeout=timeout)
 
     async def _has_queue(
         self,

@@ -1,6 +1,6 @@
 """Publishing and consuming by documented calls of aiormq alone, for a version that lacks a name.
 
-The guarantees are the same. What differs:
+What is confirmed is not lost here either, and every delivery is settled. What differs:
 
 - each publication is a task, and each delivery one of aiormq's;
 - of two publications with the same message id, the second is sent once the first is confirmed,
@@ -8,6 +8,9 @@ The guarantees are the same. What differs:
   for both. A message without an id, which is always a copy of another client's, gets one;
 - what the broker refuses by closing the channel may cost the connection, since aiormq goes on to
   write for a moment;
+- what goes back at the end of an event loop that nobody stopped may be there twice: the ack of the
+  original is a call in a task, which may be cancelled when its copy is on its way already;
+- a property that is no UTF-8 cannot be decoded: pamqp fails on the frame, not on the message;
 - queues have names that pamqp knows: letters, digits and ``-_.:@#,/><``, and not too many.
 """
 
