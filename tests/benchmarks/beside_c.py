@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import shutil
 import subprocess
@@ -10,21 +11,58 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.benchmarks.figures import Series, comparison
+from tests.benchmarks.figures import Row, heading
 from tests.benchmarks.job import Job
 from tests.benchmarks.page import table
-from tests.benchmarks.running import Section, Settings, delete, fill, footer, measured
+from tests.benchmarks.running import (
+    Section,
+    Settings,
+    check_queue,
+    delete,
+    fill,
+    footer,
+    interleaved,
+    measured,
+)
 
 if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
 
 SOURCE: Final = Path(__file__).with_name("librabbitmq.c")
 MESSAGES: Final = 20_000
+VERBS: Final = ("publish", "consume")
 ROWS: Final = (
-    ("publish_many", "ours_publish_many", "publish"),
-    ("publish, 1,000 tasks", "ours_publish_1000", "publish"),
-    ("no-op worker, prefetch 100", "ours_consume", "consume"),
-    ("no-op batch handler of 100", "ours_consume_batches", "consume"),
+    Row(
+        title="publish_many of bytes",
+        ours="ours_publish_many",
+        theirs="publish",
+        least_ratio=0.8,
+        most_cpu=15,
+    ),
+    Row(
+        title="publish bytes, 1,000 tasks",
+        ours="ours_publish_1000",
+        theirs="publish",
+        least_ratio=0.8,
+        most_cpu=15,
+    ),
+    Row(
+        title="no-op worker, prefetch 100",
+        ours="ours_consume",
+        theirs="consume",
+        most_cpu=60,
+    ),
+    Row(
+        title="no-op batch handler of 100, prefetch 100",
+        ours="ours_consume_batches",
+        theirs="consume",
+        least_ratio=0.4,
+    ),
+    Row(
+        title="no-op batch handler of 100, prefetch 200: the default",
+        ours="ours_consume_batches_200",
+        theirs="consume",
+    ),
 )
 
 
@@ -42,6 +80,16 @@ def build(folder: Path) -> Path | None:
     return None if built.returncode else program
 
 
+def versions(program: Path) -> list[str]:
+    """Return the versions of the library, and of the compiler."""
+
+    def printed(*command: str) -> str:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    gcc = printed("gcc", "-dumpfullversion", "-dumpversion")
+    return [f"librabbitmq {printed(str(program), 'version')}", f"gcc {gcc}"]
+
+
 async def c_client(program: Path, verb: str, node: RabbitMQ, job: Job) -> dict[str, Any]:
     await fill(job, job.count if verb == "consume" else 1)
     process = await asyncio.create_subprocess_exec(
@@ -52,6 +100,7 @@ async def c_client(program: Path, verb: str, node: RabbitMQ, job: Job) -> dict[s
     output, _ = await process.communicate()
     if process.returncode:
         raise RuntimeError(f"the C client ended with {process.returncode}.")
+    await check_queue(node, job)
     await delete(job.url, [job.queue])
     result: dict[str, Any] = json.loads(output)
     return result
@@ -65,12 +114,12 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section | None:
             print("There is no gcc or no librabbitmq-dev: the C client is left out.")
             return None
         job = Job(url=node.url, queue="beside-c", count=settings.scaled(MESSAGES))
-        taken = {title: (Series(), Series()) for title, *_ in ROWS}
-        for _ in range(settings.rounds):
-            for title, name, verb in ROWS:
-                ours, theirs = taken[title]
-                ours.add(await measured(name, job))
-                theirs.add(await c_client(program, verb, node, job))
-    rows = [comparison(title, *series) for title, series in taken.items()]
-    header = ("", "msg/s ours", "msg/s C", "ratio", "CPU µs ours", "CPU µs C", "ratio")
-    return Section([*table(header, rows), *footer(node, "c", settings.rounds)])
+        runs = {verb: functools.partial(c_client, program, verb, node, job) for verb in VERBS}
+        for row in ROWS:
+            runs[row.ours] = functools.partial(measured, node, row.ours, job)
+        taken = await interleaved(settings.rounds, runs)
+        built_with = versions(program)
+    rows = [row.cells(taken) for row in ROWS]
+    return Section(
+        [*table(heading("C"), rows), *footer(node, "c", settings.rounds, *built_with)],
+    )

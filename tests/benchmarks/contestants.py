@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import resource
 import sys
@@ -16,13 +17,24 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from unittest import mock
 
 import aio_pika
 
 from aioworkq import Producer, Queue, Worker
+from aioworkq.amqp import features
 from tests.benchmarks.clock import Collector, Count, Measurement
-from tests.benchmarks.job import PREFETCH, Job, Latencies, publish_stamped, say
+from tests.benchmarks.job import (
+    PREFETCH,
+    TASKS,
+    Job,
+    Latencies,
+    Order,
+    encode,
+    publish_stamped,
+    say,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -32,33 +44,58 @@ if TYPE_CHECKING:
     from aioworkq.topology import QueueType
 
 Contestant = Callable[[Job], Coroutine[None, None, Measurement]]
+T = TypeVar("T")
 
 
-def bench_queue(name: str, queue_type: str = "classic") -> Queue[bytes]:
-    return Queue(name, bytes, type=cast("QueueType", queue_type))
+def typed_queue(job: Job, body_type: type[T]) -> Queue[T]:
+    return Queue(job.queue, body_type, type=cast("QueueType", job.queue_type))
 
 
-# Publishing
+def bytes_queue(name: str) -> Queue[bytes]:
+    return Queue(name, bytes, type="classic")
+
+
+async def on_documented_calls(contestant: Contestant, job: Job) -> Measurement:
+    """Run one as on an aiormq that lacks a name which the fast paths use."""
+    names = (*features.CHANNEL_NAMES, "no_such_name")
+    with mock.patch.object(features, "CHANNEL_NAMES", names):
+        return await contestant(job)
+
+
+async def in_tasks(
+    publish: Callable[[], Coroutine[Any, Any, Any]], count: int, tasks: int
+) -> Measurement:
+    await publish()
+
+    async def publisher() -> None:
+        for _ in range(count // tasks):
+            await publish()
+
+    clock = Measurement()
+    await asyncio.gather(*(publisher() for _ in range(tasks)))
+    return clock.stop()
+
+
+# Publishing bytes, as the C client does, or what is encoded for each message
 
 
 async def ours_publish(job: Job, *, tasks: int) -> Measurement:
     async with Producer(job.url) as producer:
-        target = bench_queue(job.queue, job.queue_type)
+        target = typed_queue(job, bytes)
         body = job.body
-        await producer.publish(target, body)
+        return await in_tasks(lambda: producer.publish(target, body), job.count, tasks)
 
-        async def publisher() -> None:
-            for _ in range(job.count // tasks):
-                await producer.publish(target, body)
 
-        clock = Measurement()
-        await asyncio.gather(*(publisher() for _ in range(tasks)))
-        return clock.stop()
+async def ours_publish_orders(job: Job) -> Measurement:
+    async with Producer(job.url) as producer:
+        target = typed_queue(job, Order)
+        order = job.order
+        return await in_tasks(lambda: producer.publish(target, order), job.count, TASKS)
 
 
 async def ours_publish_many(job: Job) -> Measurement:
     async with Producer(job.url) as producer:
-        target = bench_queue(job.queue, job.queue_type)
+        target = typed_queue(job, bytes)
         body = job.body
         await producer.publish(target, body)
         clock = Measurement()
@@ -84,29 +121,32 @@ async def idiom_publish(job: Job, *, tasks: int) -> Measurement:
     async with idiom_channel(job) as channel:
         exchange = channel.default_exchange
         body = job.body
-        await exchange.publish(idiom_message(body), routing_key=job.queue)
+        return await in_tasks(
+            lambda: exchange.publish(idiom_message(body), routing_key=job.queue), job.count, tasks
+        )
 
-        async def publisher() -> None:
-            for _ in range(job.count // tasks):
-                await exchange.publish(idiom_message(body), routing_key=job.queue)
 
-        clock = Measurement()
-        await asyncio.gather(*(publisher() for _ in range(tasks)))
-        return clock.stop()
+async def idiom_publish_orders(job: Job) -> Measurement:
+    async with idiom_channel(job) as channel:
+        exchange = channel.default_exchange
+        fields = job.fields
+        return await in_tasks(
+            lambda: exchange.publish(idiom_message(encode(fields)), routing_key=job.queue),
+            job.count,
+            TASKS,
+        )
 
 
 # Consuming
 
 
-async def ours_consume(job: Job) -> Measurement:
+async def ours_consume(job: Job, *, body_type: type[Any]) -> Measurement:
     worker = Worker(job.url)
     done = asyncio.Event()
     count = Count(job.count, done.set)
 
-    @worker.handler(
-        bench_queue(job.queue, job.queue_type), concurrency=PREFETCH, prefetch_count=PREFETCH
-    )
-    async def handle(body: bytes) -> None:
+    @worker.handler(typed_queue(job, body_type), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    async def handle(body: Any) -> None:
         count.add()
 
     async with worker:
@@ -114,14 +154,14 @@ async def ours_consume(job: Job) -> Measurement:
     return count.clock
 
 
-async def ours_consume_batches(job: Job) -> Measurement:
+async def ours_consume_batches(job: Job, *, prefetch_count: int | None) -> Measurement:
     worker = Worker(job.url)
     done = asyncio.Event()
     count = Count(job.count, done.set)
 
-    @worker.batch_handler(bench_queue(job.queue, job.queue_type), max_size=100)
-    async def handle(bodies: list[bytes]) -> None:
-        count.add(len(bodies))
+    @worker.batch_handler(typed_queue(job, Order), max_size=100, prefetch_count=prefetch_count)
+    async def handle(orders: list[Order]) -> None:
+        count.add(len(orders))
 
     async with worker:
         await done.wait()
@@ -129,6 +169,19 @@ async def ours_consume_batches(job: Job) -> Measurement:
 
 
 async def idiom_consume(job: Job) -> Measurement:
+    """Decode to a dictionary, which is less than we do."""
+    done = asyncio.Event()
+    count = Count(job.count, done.set)
+
+    async def handle(message: AbstractIncomingMessage) -> None:
+        async with message.process():
+            json.loads(message.body)
+            count.add()
+
+    return await idiom_consume_with(handle, job, done, count)
+
+
+async def idiom_consume_bytes(job: Job) -> Measurement:
     done = asyncio.Event()
     count = Count(job.count, done.set)
 
@@ -136,6 +189,15 @@ async def idiom_consume(job: Job) -> Measurement:
         async with message.process():
             count.add()
 
+    return await idiom_consume_with(handle, job, done, count)
+
+
+async def idiom_consume_with(
+    handle: Callable[[AbstractIncomingMessage], Coroutine[None, None, None]],
+    job: Job,
+    done: asyncio.Event,
+    count: Count,
+) -> Measurement:
     async with idiom_channel(job) as channel:
         await (await channel.get_queue(job.queue)).consume(handle)
         await done.wait()
@@ -154,7 +216,7 @@ async def ours_handlers(job: Job) -> Measurement:
         count.add()
 
     for name in job.queues:
-        worker.handler(bench_queue(name))(handle)
+        worker.handler(bytes_queue(name))(handle)
 
     start, collector = Measurement(), Collector()
     with collector.watched():
@@ -202,7 +264,7 @@ async def ours_share(job: Job) -> Measurement:
     first = last = 0.0
     clock = Measurement()
 
-    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    @worker.handler(bytes_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
     async def handle(body: bytes) -> None:
         nonlocal handled, first, last, clock
         last = time.monotonic()
@@ -224,9 +286,9 @@ async def ours_share(job: Job) -> Measurement:
 
 async def ours_timed_publish(job: Job) -> Measurement:
     async with Producer(job.url) as producer:
-        target = bench_queue(job.queue)
+        target = typed_queue(job, Order)
         clock = Measurement()
-        await publish_stamped(job, lambda body: producer.publish(target, body.encode()))
+        await publish_stamped(job, lambda fields: producer.publish(target, Order(**fields)))
         return clock.stop()
 
 
@@ -234,9 +296,9 @@ async def ours_timed_consume(job: Job) -> Measurement:
     worker = Worker(job.url)
     latencies = Latencies(job.count)
 
-    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
-    async def handle(body: bytes) -> None:
-        latencies.take(body)
+    @worker.handler(typed_queue(job, Order), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    async def handle(order: Order) -> None:
+        latencies.take(order.stamp)
 
     async with worker:
         say(ready=True)
@@ -251,8 +313,8 @@ async def idiom_timed_publish(job: Job) -> Measurement:
     async with idiom_channel(job) as channel:
         exchange = channel.default_exchange
 
-        async def publish(body: str) -> None:
-            await exchange.publish(idiom_message(body.encode()), routing_key=job.queue)
+        async def publish(fields: dict[str, Any]) -> None:
+            await exchange.publish(idiom_message(encode(fields)), routing_key=job.queue)
 
         clock = Measurement()
         await publish_stamped(job, publish)
@@ -263,9 +325,9 @@ async def idiom_timed_consume(job: Job) -> Measurement:
     latencies = Latencies(job.count)
 
     async def handle(message: AbstractIncomingMessage) -> None:
-        latencies.take(message.body)
+        now = time.monotonic_ns()
         async with message.process():
-            pass
+            latencies.take(json.loads(message.body)["stamp"], now)
 
     async with idiom_channel(job) as channel:
         await (await channel.get_queue(job.queue)).consume(handle)
@@ -286,7 +348,7 @@ async def ours_memory(job: Job) -> Measurement:
     done = asyncio.Event()
     count = Count(job.count, done.set)
 
-    @worker.handler(bench_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
+    @worker.handler(bytes_queue(job.queue), concurrency=PREFETCH, prefetch_count=PREFETCH)
     async def handle(body: bytes) -> None:
         count.add()
 
@@ -299,7 +361,7 @@ async def ours_memory(job: Job) -> Measurement:
         async with Producer(job.url) as producer:
             for tenth in range(10):
                 bodies = (body for _ in range(job.count // 10))
-                report = await producer.publish_many(bench_queue(job.queue), bodies)
+                report = await producer.publish_many(bytes_queue(job.queue), bodies)
                 report.raise_for_errors()
                 note(f"{(tenth + 1) * job.count // 10:,} published")
             await done.wait()
@@ -322,9 +384,18 @@ CONTESTANTS: Final[dict[str, Contestant]] = {
     "ours_publish_1": functools.partial(ours_publish, tasks=1),
     "ours_publish_100": functools.partial(ours_publish, tasks=100),
     "ours_publish_1000": functools.partial(ours_publish, tasks=1000),
+    "ours_publish_100_documented": functools.partial(
+        on_documented_calls, functools.partial(ours_publish, tasks=100)
+    ),
     "ours_publish_many": ours_publish_many,
-    "ours_consume": ours_consume,
-    "ours_consume_batches": ours_consume_batches,
+    "ours_publish_orders": ours_publish_orders,
+    "ours_consume": functools.partial(ours_consume, body_type=Order),
+    "ours_consume_bytes": functools.partial(ours_consume, body_type=bytes),
+    "ours_consume_documented": functools.partial(
+        on_documented_calls, functools.partial(ours_consume, body_type=Order)
+    ),
+    "ours_consume_batches": functools.partial(ours_consume_batches, prefetch_count=PREFETCH),
+    "ours_consume_batches_200": functools.partial(ours_consume_batches, prefetch_count=None),
     "ours_handlers": ours_handlers,
     "ours_share": ours_share,
     "ours_timed_publish": ours_timed_publish,
@@ -333,7 +404,9 @@ CONTESTANTS: Final[dict[str, Contestant]] = {
     "idiom_publish_1": functools.partial(idiom_publish, tasks=1),
     "idiom_publish_100": functools.partial(idiom_publish, tasks=100),
     "idiom_publish_1000": functools.partial(idiom_publish, tasks=1000),
+    "idiom_publish_orders": idiom_publish_orders,
     "idiom_consume": idiom_consume,
+    "idiom_consume_bytes": idiom_consume_bytes,
     "idiom_handlers": idiom_handlers,
     "idiom_timed_publish": idiom_timed_publish,
     "idiom_timed_consume": idiom_timed_consume,

@@ -37,6 +37,12 @@ def median_ratio(these: Iterable[float], those: Iterable[float]) -> float:
     return statistics.median(a / b for a, b in zip(these, those, strict=True))
 
 
+def spread(these: Iterable[float], those: Iterable[float]) -> str:
+    """Return the lowest and the highest of the ratios of each round."""
+    ratios = [a / b for a, b in zip(these, those, strict=True)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
 def percentile(values: Sequence[float], percent: float) -> float:
     """Return the smallest value that so many percent of all do not exceed (nearest rank)."""
     if not values:
@@ -57,14 +63,47 @@ def is_linear(sizes: Sequence[float], costs: Sequence[float], *, noise: float) -
     return all(cost / cost0 <= noise * size / size0 for size0, cost0, size, cost in steps)
 
 
-def comparison(title: str, ours: Series, theirs: Series) -> list[str]:
-    """Return the cells of a row: rates and their ratio, CPU and its ratio."""
-    return [
-        title,
-        f"{ours.rate:,.0f}",
-        f"{theirs.rate:,.0f}",
-        f"{median_ratio(ours.rates, theirs.rates):.2f}",
-        f"{ours.cpu:.0f}",
-        f"{theirs.cpu:.0f}",
-        f"{median_ratio(ours.cpus, theirs.cpus):.2f}",
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Two contestants beside each other, and what the first of them aims at.
+
+    Attributes:
+        title: What they do.
+        ours: The name of the one.
+        theirs: The name of the other.
+        least_ratio: The target of the ratio of their rates; None for none.
+        most_cpu: The target of ours, in CPU µs per message; None for none.
+    """
+
+    title: str
+    ours: str
+    theirs: str
+    least_ratio: float | None = None
+    most_cpu: float | None = None
+
+    def cells(self, taken: Mapping[str, Series]) -> list[str]:
+        """Return what stands below the `heading`."""
+        ours, theirs = taken[self.ours], taken[self.theirs]
+        return [
+            self.title,
+            f"{ours.rate:,.0f}",
+            f"{theirs.rate:,.0f}",
+            f"{median_ratio(ours.rates, theirs.rates):.2f}",
+            spread(ours.rates, theirs.rates),
+            target("at least", self.least_ratio),
+            f"{ours.cpu:.0f}",
+            target("at most", self.most_cpu),
+            f"{theirs.cpu:.0f}",
+            f"{median_ratio(ours.cpus, theirs.cpus):.2f}",
+        ]
+
+
+def heading(theirs: str) -> tuple[str, ...]:
+    """Return the heading of a table of rows."""
+    rates = ("msg/s ours", f"msg/s {theirs}", "ratio", "lowest to highest", "target")
+    return ("", *rates, "CPU µs ours", "target", f"CPU µs {theirs}", "ratio")
+
+
+def target(word: str, value: float | None) -> str:
+    """Return the cell of a target, which is empty where there is none."""
+    return "" if value is None else f"{word} {value:g}"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import statistics
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from aioworkq import Producer
-from tests.benchmarks.contestants import bench_queue
-from tests.benchmarks.figures import Series, growth, is_linear
-from tests.benchmarks.job import Job
+from tests.benchmarks.contestants import bytes_queue
+from tests.benchmarks.figures import Series, growth, is_linear, median_ratio
+from tests.benchmarks.job import TASKS, Job
 from tests.benchmarks.page import table
 from tests.benchmarks.plot import Panel, panels
 from tests.benchmarks.running import (
     Section,
     Settings,
+    check_queue,
     delete,
     fill,
     footer,
@@ -23,6 +26,7 @@ from tests.benchmarks.running import (
     measured,
     purge,
     started,
+    turned,
     wait_empty,
 )
 
@@ -37,9 +41,16 @@ SIZES: Final = {1_000: 20_000, 10_000: 10_000, 100_000: 2_000, 1_000_000: 300}
 BACKLOGS: Final = (1_000, 100_000, 1_000_000)
 PROCESSES: Final = (1, 2, 3, 4)
 SHARED: Final = 50_000
+TYPES: Final = ("classic", "quorum")
 TYPED: Final = 20_000
-TASKS: Final = 100
-"""Publishers at a time, while handlers run."""
+PUBLISH, CONSUME = "ours_publish_many", "ours_consume_bytes"
+LINES: Final = {
+    "ours, publish": PUBLISH,
+    "idiom, publish": "idiom_publish_100",
+    "ours": CONSUME,
+    "idiom": "idiom_consume_bytes",
+}
+NAMES: Final = tuple(LINES.values())
 
 _NOISE: Final = 1.2  # what a cost may grow by, above its share, without being said to
 
@@ -51,13 +62,17 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section:
     lines: list[str] = []
     drawn: list[Panel] = []
     for part in (with_handlers, with_bodies, with_backlog, with_processes, with_types):
-        more, panel = await part(node.url, settings)
+        more, panel = await part(node, settings)
         print("\n".join(more), flush=True)
         lines += [*more, ""]
         drawn.append(panel)
     return Section(
         [
             "![CPU per message as it grows](benchmarks-growth.svg)",
+            "",
+            "Bodies are raw bytes here: nothing is decoded. A cost is said to grow faster than",
+            "linearly when it grows in one step by more than the size does, and by another",
+            f"{_NOISE - 1:.0%} on top, which is left to noise.",
             "",
             *lines,
             *footer(node, "growth", settings.rounds),
@@ -69,9 +84,9 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section:
 # Handlers on one worker
 
 
-async def many_handlers(name: str, job: Job) -> dict[str, float]:
+async def many_handlers(node: RabbitMQ, name: str, job: Job) -> dict[str, float]:
     """Start a worker with many handlers, publish to their queues in turn, and stop it."""
-    targets = [bench_queue(queue) for queue in job.queues]
+    targets = [bytes_queue(queue) for queue in job.queues]
     async with Producer(job.url) as producer:
 
         async def publish(count: int) -> None:
@@ -89,6 +104,7 @@ async def many_handlers(name: str, job: Job) -> dict[str, float]:
             start = await contestant.line()
             await publish(job.count)
             stop, result = await contestant.line(), await contestant.line()
+    await check_queue(node, replace(job, queue=job.queues[-1]))
     await delete(job.url, job.queues)
     return {
         "cpu": result["cpu"] / result["messages"] * 1e6,
@@ -101,16 +117,16 @@ async def many_handlers(name: str, job: Job) -> dict[str, float]:
     }
 
 
-async def with_handlers(url: str, settings: Settings) -> Part:
+async def with_handlers(node: RabbitMQ, settings: Settings) -> Part:
     """Measure workers with 1 to 1,000 handlers, each of another queue."""
     taken: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for _ in range(settings.rounds):
-        for number in HANDLERS:
-            for kind in ("ours", "idiom"):
-                count = settings.scaled(HANDLED)
-                job = Job(url=url, queue=f"{kind}-of", count=count, handlers=number)
-                result = await many_handlers(f"{kind}_handlers", job)
-                taken.setdefault((kind, number), []).append(result)
+    pairs = [(kind, number) for number in HANDLERS for kind in ("ours", "idiom")]
+    for turn in range(settings.rounds):
+        for kind, number in turned(pairs, turn):
+            count = settings.scaled(HANDLED)
+            job = Job(url=node.url, queue=f"{kind}-of", count=count, handlers=number)
+            result = await many_handlers(node, f"{kind}_handlers", job)
+            taken.setdefault((kind, number), []).append(result)
 
     def medians(kind: str, what: str) -> list[float]:
         return [
@@ -190,24 +206,25 @@ def said(sizes: Sequence[int], costs: dict[str, list[float]]) -> list[str]:
 # Bodies
 
 
-async def with_bodies(url: str, settings: Settings) -> Part:
+async def with_bodies(node: RabbitMQ, settings: Settings) -> Part:
     """Measure bodies of 1 KB to 1 MB."""
-    names = ("ours_publish_many", "idiom_publish_100", "ours_consume", "idiom_consume")
-    taken: dict[int, dict[str, Series]] = {}
+    runs = {}
     for size, count in SIZES.items():
         count = max(100, int(count * settings.scale) // 100 * 100)
-        job = Job(url=url, queue="bodies", count=count, size=size)
-        taken[size] = await interleaved(settings.rounds, dict.fromkeys(names, job))
+        job = Job(url=node.url, queue="bodies", count=count, size=size)
+        for name in NAMES:
+            runs[size, name] = functools.partial(measured, node, name, job)
+    taken = await interleaved(settings.rounds, runs)
     rows = [
         [
             f"{size // 1000:,} KB",
-            *(f"{series[name].cpu:,.0f}" for name in names),
-            f"{series['ours_publish_many'].rate:,.0f}",
-            f"{series['ours_consume'].rate:,.0f}",
-            f"{series['ours_publish_many'].rate * size / 1e6:,.0f}",
-            f"{series['ours_consume'].rate * size / 1e6:,.0f}",
+            *(f"{taken[size, name].cpu:,.0f}" for name in NAMES),
+            f"{taken[size, PUBLISH].rate:,.0f}",
+            f"{taken[size, CONSUME].rate:,.0f}",
+            f"{taken[size, PUBLISH].rate * size / 1e6:,.0f}",
+            f"{taken[size, CONSUME].rate * size / 1e6:,.0f}",
         ]
-        for size, series in taken.items()
+        for size in SIZES
     ]
     header = (
         "body",
@@ -220,7 +237,7 @@ async def with_bodies(url: str, settings: Settings) -> Part:
         "MB/s published",
         "MB/s handled",
     )
-    costs = {name: [series[name].cpu for series in taken.values()] for name in names}
+    costs = {name: [taken[size, name].cpu for size in SIZES] for name in NAMES}
     lines = [
         "### Size of the body",
         "",
@@ -229,8 +246,8 @@ async def with_bodies(url: str, settings: Settings) -> Part:
         *said(
             tuple(SIZES),
             {
-                "CPU to publish": costs["ours_publish_many"],
-                "CPU to handle": costs["ours_consume"],
+                "CPU to publish": costs[PUBLISH],
+                "CPU to handle": costs[CONSUME],
             },
         ),
     ]
@@ -238,31 +255,24 @@ async def with_bodies(url: str, settings: Settings) -> Part:
     return lines, Panel(
         "size of the body",
         labels,
-        {
-            "ours, publish": costs["ours_publish_many"],
-            "idiom, publish": costs["idiom_publish_100"],
-            "ours": costs["ours_consume"],
-            "idiom": costs["idiom_consume"],
-        },
+        {line: costs[name] for line, name in LINES.items()},
     )
 
 
 # Backlog
 
 
-async def with_backlog(url: str, settings: Settings) -> Part:
+async def with_backlog(node: RabbitMQ, settings: Settings) -> Part:
     """Measure how fast backlogs are worked off; the longest once only."""
-    taken: dict[int, Series] = {}
-    peaks: dict[int, list[float]] = {}
-    fills: dict[int, Series] = {}
-    backlogs = [settings.scaled(number) for number in BACKLOGS]
-    backlogs = list(dict.fromkeys(backlogs))
-    for number in backlogs:
-        taken[number], fills[number], peaks[number] = Series(), Series(), []
-        for _ in range(1 if number == max(backlogs) else settings.rounds):
-            job = Job(url=url, queue="backlog", count=number)
-            fills[number].add(await measured("ours_publish_many", job, keep=True))
-            result = await measured("ours_consume", job, is_filled=True)
+    backlogs = list(dict.fromkeys(settings.scaled(number) for number in BACKLOGS))
+    taken = {number: Series() for number in backlogs}
+    fills = {number: Series() for number in backlogs}
+    peaks: dict[int, list[float]] = {number: [] for number in backlogs}
+    for turn in range(settings.rounds):
+        for number in turned(backlogs[:-1] if turn and backlogs[1:] else backlogs, turn):
+            job = Job(url=node.url, queue="backlog", count=number)
+            fills[number].add(await measured(node, PUBLISH, job, keep=True))
+            result = await measured(node, CONSUME, job, is_filled=True)
             taken[number].add(result)
             peaks[number].append(result["peak_mb"])
     rows = [
@@ -304,7 +314,7 @@ async def with_backlog(url: str, settings: Settings) -> Part:
 # Processes
 
 
-async def shared(job: Job, processes: int) -> tuple[float, float, list[int]]:
+async def shared(node: RabbitMQ, job: Job, processes: int) -> tuple[float, float, list[int]]:
     """Let processes share a backlog; return messages/s, CPU µs per message, and what each did."""
     await fill(job, job.count)
     async with AsyncExitStack() as stack:
@@ -320,6 +330,7 @@ async def shared(job: Job, processes: int) -> tuple[float, float, list[int]]:
             worker.go_on()
         shares = [await worker.line() for worker in workers]
         ends = [await worker.line() for worker in workers]
+    await check_queue(node, job)
     await delete(job.url, [job.queue])
     handled = [share["handled"] for share in shares]
     if sum(handled) != job.count:
@@ -330,20 +341,24 @@ async def shared(job: Job, processes: int) -> tuple[float, float, list[int]]:
     return job.count / (last - first), cpu / job.count * 1e6, handled
 
 
-async def with_processes(url: str, settings: Settings) -> Part:
+async def with_processes(node: RabbitMQ, settings: Settings) -> Part:
     """Measure 1 to 4 worker processes at one queue."""
-    job = Job(url=url, queue="shared", count=settings.scaled(SHARED))
+    job = Job(url=node.url, queue="shared", count=settings.scaled(SHARED))
     taken: dict[int, list[tuple[float, float, list[int]]]] = {number: [] for number in PROCESSES}
-    for _ in range(settings.rounds):
-        for number in PROCESSES:
-            taken[number].append(await shared(job, number))
+    for turn in range(settings.rounds):
+        for number in turned(PROCESSES, turn):
+            taken[number].append(await shared(node, job, number))
     rates = {n: statistics.median(rate for rate, *_ in taken[n]) for n in PROCESSES}
     cpus = {n: statistics.median(cpu for _, cpu, _ in taken[n]) for n in PROCESSES}
+
+    def column(number: int) -> list[float]:
+        return [rate for rate, *_ in taken[number]]
+
     rows = [
         [
             str(number),
             f"{rates[number]:,.0f}",
-            f"{rates[number] / rates[1]:.2f}",
+            f"{median_ratio(column(number), column(1)):.2f}",
             f"{cpus[number]:.0f}",
             f"{min(min(handled) / max(handled) for *_, handled in taken[number]):.2f}",
         ]
@@ -368,25 +383,26 @@ async def with_processes(url: str, settings: Settings) -> Part:
 # Types of queues
 
 
-async def with_types(url: str, settings: Settings) -> Part:
+async def with_types(node: RabbitMQ, settings: Settings) -> Part:
     """Measure classic and quorum queues."""
-    names = ("ours_publish_many", "idiom_publish_100", "ours_consume", "idiom_consume")
-    taken: dict[str, dict[str, Series]] = {}
-    for queue_type in ("classic", "quorum"):
+    runs = {}
+    for queue_type in TYPES:
         job = Job(
-            url=url,
+            url=node.url,
             queue=f"type-{queue_type}",
             count=settings.scaled(TYPED),
             queue_type=queue_type,
         )
-        taken[queue_type] = await interleaved(settings.rounds, dict.fromkeys(names, job))
+        for name in NAMES:
+            runs[queue_type, name] = functools.partial(measured, node, name, job)
+    taken = await interleaved(settings.rounds, runs)
     rows = [
         [
             queue_type,
-            *(f"{series[name].cpu:.0f}" for name in names),
-            *(f"{series[name].rate:,.0f}" for name in names),
+            *(f"{taken[queue_type, name].cpu:.0f}" for name in NAMES),
+            *(f"{taken[queue_type, name].rate:,.0f}" for name in NAMES),
         ]
-        for queue_type, series in taken.items()
+        for queue_type in TYPES
     ]
     header = (
         "queue",
@@ -407,12 +423,6 @@ async def with_types(url: str, settings: Settings) -> Part:
         *table(header, rows),
     ]
     costs = {
-        name: [series[contestant].cpu for series in taken.values()]
-        for name, contestant in {
-            "ours, publish": "ours_publish_many",
-            "idiom, publish": "idiom_publish_100",
-            "ours": "ours_consume",
-            "idiom": "idiom_consume",
-        }.items()
+        line: [taken[queue_type, name].cpu for queue_type in TYPES] for line, name in LINES.items()
     }
-    return lines, Panel("type of the queue", list(taken), costs)
+    return lines, Panel("type of the queue", list(TYPES), costs)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MODULES: Final = ("aio_pika", "aioworkq")
 ROUNDS: Final = 10  # for each round of the others
+MOST_MORE: Final = 30  # milliseconds
 PROGRAM: Final = """
 import time
 wall, cpu = time.perf_counter(), time.process_time()
@@ -52,16 +53,21 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section:
         for number in range(rounds):
             for module in MODULES if number % 2 else reversed(MODULES):
                 taken[module].append(import_time(module, cache))
-    rows = [[f"`import {module}`", *_medians(times)] for module, times in taken.items()]
+    rows = [[f"`import {module}`", *_medians(times), ""] for module, times in taken.items()]
     more = [
         (ours[0] - theirs[0], ours[1] - theirs[1])
         for theirs, ours in zip(*taken.values(), strict=True)
     ]
-    rows.append(["more, within a round", *_medians(more)])
+    rows.append(["more, within a round", *_medians(more), f"at most {MOST_MORE}"])
+    rows.append(["lowest to highest", *_spreads(more), ""])
     return Section(
-        [*table(("", "ms", "ms of CPU"), rows), *footer(None, "import", rounds)],
+        [*table(("", "ms", "ms of CPU", "target"), rows), *footer(None, "import", rounds)],
     )
 
 
 def _medians(times: list[tuple[float, float]]) -> list[str]:
     return [f"{statistics.median(column):.1f}" for column in zip(*times, strict=True)]
+
+
+def _spreads(times: list[tuple[float, float]]) -> list[str]:
+    return [f"{min(column):.1f} to {max(column):.1f}" for column in zip(*times, strict=True)]

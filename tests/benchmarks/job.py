@@ -1,4 +1,4 @@
-"""What a contestant is asked to do, and how it waits between messages.
+"""What a contestant is asked to do, the body that it handles, and how it waits between messages.
 
 Nothing here imports aioworkq: the programs of other work queues use it too.
 """
@@ -15,7 +15,33 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
 PREFETCH: Final = 100
-_STAMP: Final = 20  # digits of a clock that counts nanoseconds
+TASKS: Final = 100
+"""Publishers at a time, where a contestant can publish from many tasks."""
+
+
+@dataclass
+class Order:
+    """What a body says: a JSON document, as work queues have them.
+
+    Attributes:
+        stamp: When it was made: nanoseconds of the clock that all processes share.
+        note: As long as the body shall be.
+    """
+
+    stamp: int
+    customer: str
+    items: list[str]
+    price: float
+    is_urgent: bool
+    note: str
+
+
+_JSON: Final = json.JSONEncoder(separators=(",", ":"))
+
+
+def encode(fields: dict[str, Any]) -> bytes:
+    """Return JSON without spaces, as msgspec writes it; made once, an encoder is faster."""
+    return _JSON.encode(fields).encode()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +74,29 @@ class Job:
         return json.dumps(asdict(self))
 
     @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of an `Order` that makes a body of the size, stamped now."""
+        order = Order(
+            stamp=time.monotonic_ns(),
+            customer="1f0f2c9e-6b8a-4a63-9f3b-0e8a6f6f8f11",
+            items=["B-1001", "B-1002", "B-1003"],
+            price=129.95,
+            is_urgent=False,
+            note="",
+        )
+        fields = asdict(order)
+        padding = self.size - len(encode(fields))
+        if padding < 0:
+            raise ValueError(f"a body has at least {self.size - padding} bytes, not {self.size}.")
+        return fields | {"note": "x" * padding}
+
+    @property
+    def order(self) -> Order:
+        return Order(**self.fields)
+
+    @property
     def body(self) -> bytes:
-        return b"x" * self.size
+        return encode(self.fields)
 
     @property
     def queues(self) -> list[str]:
@@ -65,15 +112,15 @@ class Latencies:
         self._seconds: list[float] = []
         self.done = asyncio.Event()
 
-    @staticmethod
-    def stamped(size: int) -> str:
-        """Return a body that says when it was made."""
-        return f"{time.monotonic_ns():0{_STAMP}}".ljust(size, "x")
+    def take(self, stamp: int, now: int | None = None) -> None:
+        """Note the arrival of a body: the first thing that a handler does.
 
-    def take(self, body: str | bytes) -> None:
-        """Note the arrival of a body: the first thing that a handler does."""
-        now = time.monotonic_ns()
-        self._seconds.append((now - int(body[:_STAMP])) / 1e9)
+        Args:
+            stamp: That of the body.
+            now: When the first line was reached, by a handler that decodes the body itself.
+        """
+        now = time.monotonic_ns() if now is None else now
+        self._seconds.append((now - stamp) / 1e9)
         if len(self._seconds) == self._count:
             self.done.set()
 
@@ -82,16 +129,20 @@ class Latencies:
         return {"latencies": self._seconds[self._count // 10 :]}
 
 
-async def publish_stamped(job: Job, publish: Callable[[str], Awaitable[Any]]) -> None:
-    """Publish stamped bodies: one after the other, or by the clock, come what may of the last."""
-    if not job.rate:
-        for _ in range(job.count):
-            await publish(Latencies.stamped(job.size))
-        return
+async def publish_stamped(job: Job, publish: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
+    """Publish stamped bodies: one after the other, or by the clock, come what may of the last.
+
+    What encodes the fields belongs to `publish`, and so to the latency.
+    """
+    fields = job.fields
 
     async def one() -> None:
-        await publish(Latencies.stamped(job.size))
+        await publish(fields | {"stamp": time.monotonic_ns()})
 
+    if not job.rate:
+        for _ in range(job.count):
+            await one()
+        return
     start = time.monotonic()
     async with asyncio.TaskGroup() as tasks:
         for number in range(job.count):

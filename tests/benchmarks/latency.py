@@ -11,27 +11,31 @@ import statistics
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from tests.benchmarks.beside_peers import pins
-from tests.benchmarks.figures import Series, median_ratio, percentile
+from tests.benchmarks.figures import Series, median_ratio, percentile, spread
 from tests.benchmarks.job import Job
 from tests.benchmarks.page import table
 from tests.benchmarks.running import (
     PEERS_PYTHON,
     Section,
     Settings,
+    check_queue,
     declare,
     delete,
     footer,
+    is_of_this_environment,
+    peer_versions,
     result_of,
     started,
+    turned,
 )
 
 if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
 
+OURS, IDIOM = "aioworkq", "aio-pika"
 CONTESTANTS: Final = {
-    "aioworkq": "ours",
-    "aio-pika": "idiom",
+    OURS: "ours",
+    IDIOM: "idiom",
     "FastStream": "faststream",
     "taskiq-aio-pika": "taskiq",
 }
@@ -60,12 +64,15 @@ class Times:
             f"{statistics.median(self.cpus):.0f}",
         ]
 
+    def columns(self) -> tuple[list[float], list[float], list[float]]:
+        return self.medians, self.tails, self.cpus
+
 
 async def sustained(job: Job) -> float:
     """Return the messages per second that the idiom handles while it publishes."""
     await declare(job.url, job.queue)
     async with started("idiom_consume", job) as consumer:
-        await result_of("idiom_publish_100", job)
+        await result_of("idiom_publish_orders", job)
         result = await consumer.line()
     await delete(job.url, [job.queue])
     series = Series()
@@ -73,15 +80,16 @@ async def sustained(job: Job) -> float:
     return series.rate
 
 
-async def times_of(kind: str, job: Job) -> tuple[list[float], float]:
+async def times_of(node: RabbitMQ, kind: str, job: Job) -> tuple[list[float], float]:
     """Run a publisher and a worker; return the latencies, and the CPU µs of both per message."""
-    if kind in {"ours", "idiom"}:  # the others declare their queues themselves
+    if is_of_this_environment(kind):  # the others declare their queues themselves
         await declare(job.url, job.queue)
     async with started(f"{kind}_timed_consume", job) as consumer:
         await consumer.line()
         publisher = await result_of(f"{kind}_timed_publish", job)
         latencies: list[float] = (await consumer.line())["latencies"]
         worker: dict[str, Any] = await consumer.line()
+    await check_queue(node, job)
     await delete(job.url, [job.queue])
     return latencies, (publisher["cpu"] + worker["cpu"]) / job.count * 1e6
 
@@ -91,7 +99,7 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section:
     kinds = {
         name: kind
         for name, kind in CONTESTANTS.items()
-        if kind in {"ours", "idiom"} or PEERS_PYTHON.exists()
+        if is_of_this_environment(kind) or PEERS_PYTHON.exists()
     }
     base = Job(url=node.url, queue="latency", count=settings.scaled(SUSTAINED))
     full = statistics.median([await sustained(base) for _ in range(settings.rounds)])
@@ -99,39 +107,37 @@ async def measure(node: RabbitMQ, settings: Settings) -> Section:
     alone = {name: Times() for name in kinds}
     loaded = {name: Times() for name in kinds}
     for number in range(settings.rounds):
-        order = list(kinds) if number % 2 else list(reversed(kinds))
         for times, count, paced in (
             (alone, settings.scaled(SEQUENTIAL), 0.0),
             (loaded, settings.scaled(int(rate * SECONDS)), rate),
         ):
-            for name in order:
+            for name in turned(kinds, number):
                 job = replace(
                     base, queue=f"latency-{name}-{number}-{paced}", count=count, rate=paced
                 )
-                times[name].add(*await times_of(kinds[name], job))
+                times[name].add(*await times_of(node, kinds[name], job))
                 print(name, *times[name].cells(), sep=" | ", flush=True)
     rows = [[name, *alone[name].cells(), *loaded[name].cells()] for name in kinds]
     pairs = [
-        value
+        pair
         for times in (alone, loaded)
-        for value in (
-            median_ratio(times["aioworkq"].medians, times["aio-pika"].medians),
-            median_ratio(times["aioworkq"].tails, times["aio-pika"].tails),
-            median_ratio(times["aioworkq"].cpus, times["aio-pika"].cpus),
-        )
+        for pair in zip(times[OURS].columns(), times[IDIOM].columns(), strict=True)
     ]
-    rows.append(["aioworkq / aio-pika", *(f"{value:.2f}" for value in pairs)])
+    rows.append([f"{OURS} / {IDIOM}", *(f"{median_ratio(*pair):.2f}" for pair in pairs)])
+    rows.append(["lowest to highest", *(spread(*pair) for pair in pairs)])
+    rows.append(["target", *(("at most 1", "at most 1", "") * 2)])
     header = ("", "50 %, ms", "99 %, ms", "CPU µs", "half load: 50 %, ms", "99 %, ms", "CPU µs")
     return Section(
         [
             f"Half load is {rate:,.0f} messages per second here: the aio-pika idiom sustains "
             f"{full:,.0f}, its publisher and its consumer running at the same time.",
             "CPU is that of publisher and worker together, per message. The first tenth of each",
-            "run is left out. The last row has the medians of the ratios within a round.",
+            "run is left out. The last rows have the ratios within a round: their median, the",
+            "lowest and the highest, and the target.",
             "",
             *table(header, rows),
             "",
-            *([f"Versions: {pins()}."] if len(kinds) > len(("ours", "idiom")) else []),
+            *([peer_versions()] if PEERS_PYTHON.exists() else []),
             *footer(node, "latency", settings.rounds),
         ]
     )

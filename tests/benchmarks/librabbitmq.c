@@ -1,9 +1,10 @@
 /* The C client's rate: what a client can do whose language costs next to nothing.
  *
  *   librabbitmq publish|consume HOST PORT VHOST QUEUE COUNT
+ *   librabbitmq version
  *
  * publish: 256-byte persistent messages, publisher confirms, at most 1,000 unconfirmed.
- * consume: prefetch 100, one ack for each 100 deliveries.
+ * consume: prefetch 100, one ack for each 100 deliveries; bodies are not decoded.
  * Prints one line of JSON: messages, wall and cpu seconds.
  */
 #include <inttypes.h>
@@ -93,6 +94,10 @@ static void consume(amqp_connection_state_t connection, amqp_bytes_t queue, uint
 }
 
 int main(int argc, char **argv) {
+    if (argc == 2 && strcmp(argv[1], "version") == 0) {
+        puts(amqp_version());
+        return 0;
+    }
     if (argc != 7) fail("reading the arguments");
     uint64_t count = strtoull(argv[6], NULL, 10);
     amqp_connection_state_t connection = amqp_new_connection();

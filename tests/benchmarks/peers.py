@@ -1,8 +1,13 @@
 """Other work queues doing the same, each by its own documentation.
 
 They live in an environment of their own, ``.venv-bench``, which `make bench` makes from
-``peers.txt``; this file imports nothing of aioworkq. Each handles a body of 256
-characters, persistent, in a durable queue, with publisher confirms and an ack after the handler.
+``peers.txt``; this file imports nothing of aioworkq. Each publishes the fields of an `Order`, which
+it encodes, and handles what it decodes of them: persistent, in a durable classic queue, with
+publisher confirms, prefetch 100 and an ack after the handler. All with asyncio run on its own event
+loop, as ours does.
+
+Above each stands which of its configurations were tried, and with what they were compared: the CPU
+µs per message of the client, the least of several interleaved runs on one machine.
 
 ``python -m tests.benchmarks.peers NAME JOB`` prints lines of JSON, as the contestants do. What
 consumes publishes its messages first, outside of the measurement, unless it is timed.
@@ -20,14 +25,10 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from tests.benchmarks.clock import Count, Measurement
-from tests.benchmarks.job import PREFETCH, Job, Latencies, publish_stamped, say
+from tests.benchmarks.job import PREFETCH, TASKS, Job, Latencies, Order, publish_stamped, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-
-BODY: Final = "x" * 256
-TASKS: Final = 100
-THREADS: Final = 8
 
 
 async def in_tasks(publish: Callable[[], Coroutine[Any, Any, Any]], count: int) -> Measurement:
@@ -44,31 +45,44 @@ async def in_tasks(publish: Callable[[], Coroutine[Any, Any, Any]], count: int) 
 # FastStream
 
 
-def faststream_publish(job: Job) -> Measurement:
+def _faststream(job: Job) -> tuple[Any, Any]:
+    """Return a broker and its queue."""
     rabbit = importlib.import_module("faststream.rabbit")
+    serializer = importlib.import_module("fast_depends.msgspec").MsgSpecSerializer
+    broker = rabbit.RabbitBroker(
+        job.url,
+        logger=None,
+        serializer=serializer(use_fastdepends_errors=False),
+        default_channel=rabbit.Channel(prefetch_count=PREFETCH),
+    )
+    return broker, rabbit.RabbitQueue(job.queue, durable=True)
 
+
+def faststream_publish(job: Job) -> Measurement:
     async def run() -> Measurement:
-        async with rabbit.RabbitBroker(job.url, logger=None) as broker:
-            await broker.declare_queue(rabbit.RabbitQueue(job.queue, durable=True))
-            return await in_tasks(lambda: broker.publish(BODY, job.queue, persist=True), job.count)
+        broker, queue = _faststream(job)
+        fields = job.fields
+        async with broker:
+            await broker.declare_queue(queue)
+            return await in_tasks(
+                lambda: broker.publish(fields, job.queue, persist=True), job.count
+            )
 
     return asyncio.run(run())
 
 
 def faststream_consume(job: Job) -> Measurement:
-    rabbit = importlib.import_module("faststream.rabbit")
     faststream_publish(job)  # one more than it counts
 
     async def run() -> Measurement:
         done = asyncio.Event()
         counting = Count(job.count, done.set)
-        qos = rabbit.Channel(prefetch_count=PREFETCH)
-        broker = rabbit.RabbitBroker(job.url, logger=None, default_channel=qos)
+        broker, queue = _faststream(job)
 
-        async def handle(body: str) -> None:
+        async def handle(order: Order) -> None:
             counting.add()
 
-        broker.subscriber(rabbit.RabbitQueue(job.queue, durable=True))(handle)
+        broker.subscriber(queue)(handle)
 
         async with broker:
             await broker.start()
@@ -79,29 +93,27 @@ def faststream_consume(job: Job) -> Measurement:
 
 
 def faststream_timed_publish(job: Job) -> Measurement:
-    rabbit = importlib.import_module("faststream.rabbit")
-
     async def run() -> Measurement:
-        async with rabbit.RabbitBroker(job.url, logger=None) as broker:
+        broker, _ = _faststream(job)
+        async with broker:
             clock = Measurement()
-            await publish_stamped(job, lambda body: broker.publish(body, job.queue, persist=True))
+            await publish_stamped(
+                job, lambda fields: broker.publish(fields, job.queue, persist=True)
+            )
             return clock.stop()
 
     return asyncio.run(run())
 
 
 def faststream_timed_consume(job: Job) -> Measurement:
-    rabbit = importlib.import_module("faststream.rabbit")
-
     async def run() -> Measurement:
         latencies = Latencies(job.count)
-        qos = rabbit.Channel(prefetch_count=PREFETCH)
-        broker = rabbit.RabbitBroker(job.url, logger=None, default_channel=qos)
+        broker, queue = _faststream(job)
 
-        async def handle(body: str) -> None:
-            latencies.take(body)
+        async def handle(order: Order) -> None:
+            latencies.take(order.stamp)
 
-        broker.subscriber(rabbit.RabbitQueue(job.queue, durable=True))(handle)
+        broker.subscriber(queue)(handle)
 
         async with broker:
             await broker.start()
@@ -120,25 +132,23 @@ def faststream_timed_consume(job: Job) -> Measurement:
 
 def _taskiq(job: Job) -> Any:
     module = importlib.import_module("taskiq_aio_pika")
-    if hasattr(module, "Queue"):
-        return module.AioPikaBroker(
-            job.url,
-            qos=PREFETCH,
-            task_queues=[module.Queue(name=job.queue, durable=True)],
-        )
-    return module.AioPikaBroker(job.url, qos=PREFETCH, queue_name=job.queue)
+    queue = module.Queue(name=job.queue, type=module.QueueType.CLASSIC, durable=True)
+    broker = module.AioPikaBroker(job.url, qos=PREFETCH, task_queues=[queue])
+    serializers = importlib.import_module("taskiq.serializers")
+    return broker.with_serializer(serializers.ORJSONSerializer())
 
 
 def taskiq_publish(job: Job) -> Measurement:
     async def run() -> Measurement:
         broker = _taskiq(job)
+        fields = job.fields
 
-        async def one(body: str) -> None: ...
+        async def one(order: Order) -> None: ...
 
         task = broker.register_task(one, task_name="job")
         await broker.startup()
         try:
-            return await in_tasks(lambda: task.kiq(BODY), job.count)
+            return await in_tasks(lambda: task.kiq(fields), job.count)
         finally:
             await broker.shutdown()
 
@@ -155,7 +165,7 @@ def taskiq_consume(job: Job) -> Measurement:
         broker = _taskiq(job)
         broker.is_worker_process = True
 
-        async def one(body: str) -> None:
+        async def one(order: Order) -> None:
             counting.add()
 
         broker.register_task(one, task_name="job")
@@ -175,7 +185,7 @@ def taskiq_timed_publish(job: Job) -> Measurement:
     async def run() -> Measurement:
         broker = _taskiq(job)
 
-        async def one(body: str) -> None: ...
+        async def one(order: Order) -> None: ...
 
         task = broker.register_task(one, task_name="job")
         await broker.startup()
@@ -197,8 +207,8 @@ def taskiq_timed_consume(job: Job) -> Measurement:
         broker = _taskiq(job)
         broker.is_worker_process = True
 
-        async def one(body: str) -> None:
-            latencies.take(body)
+        async def one(order: Order) -> None:
+            latencies.take(order.stamp)
 
         broker.register_task(one, task_name="job")
         await broker.startup()
@@ -218,8 +228,11 @@ def taskiq_timed_consume(job: Job) -> Measurement:
 
 # Dramatiq
 
+THREADS: Final = 8
 
-def _dramatiq(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
+
+def _dramatiq(job: Job, function: Callable[[dict[str, Any]], None]) -> tuple[Any, Any]:
+    os.environ["dramatiq_queue_prefetch"] = str(PREFETCH)  # noqa: SIM112 - read when it is imported
     dramatiq = importlib.import_module("dramatiq")
     rabbitmq = importlib.import_module("dramatiq.brokers.rabbitmq")
     broker = rabbitmq.RabbitmqBroker(url=job.url, confirm_delivery=True)
@@ -228,13 +241,14 @@ def _dramatiq(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
 
 
 def dramatiq_publish(job: Job) -> Measurement:
-    def one(body: str) -> None: ...
+    def one(fields: dict[str, Any]) -> None: ...
 
     broker, actor = _dramatiq(job, one)
-    actor.send(BODY)
+    fields = job.fields
+    actor.send(fields)
     clock = Measurement()
     for _ in range(job.count):
-        actor.send(BODY)
+        actor.send(fields)
     clock.stop()
     broker.close()
     return clock
@@ -245,7 +259,7 @@ def dramatiq_consume(job: Job) -> Measurement:
     done = threading.Event()
     counting = Count(job.count, done.set)
 
-    def one(body: str) -> None:
+    def one(fields: dict[str, Any]) -> None:
         counting.add()
 
     broker, _ = _dramatiq(job, one)
@@ -260,7 +274,7 @@ def dramatiq_consume(job: Job) -> Measurement:
 # Celery
 
 
-def _celery(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
+def _celery(job: Job, function: Callable[[dict[str, Any]], None]) -> tuple[Any, Any]:
     app = importlib.import_module("celery").Celery("bench", broker=job.url)
     app.conf.update(
         task_default_queue=job.queue,
@@ -274,13 +288,14 @@ def _celery(job: Job, function: Callable[[str], None]) -> tuple[Any, Any]:
 
 
 def celery_publish(job: Job) -> Measurement:
-    def one(body: str) -> None: ...
+    def one(fields: dict[str, Any]) -> None: ...
 
     _, task = _celery(job, one)
-    task.delay(BODY)
+    fields = job.fields
+    task.delay(fields)
     clock = Measurement()
     for _ in range(job.count):
-        task.delay(BODY)
+        task.delay(fields)
     return clock.stop()
 
 
@@ -292,17 +307,20 @@ def celery_consume(job: Job) -> Measurement:
 
     counting = Count(job.count, stop)
 
-    def one(body: str) -> None:
+    def one(fields: dict[str, Any]) -> None:
         counting.add()
 
     app, task = _celery(job, one)  # a name is for one function only
+    fields = job.fields
     for _ in range(job.count):
-        task.delay(BODY)
+        task.delay(fields)
     worker = app.Worker(
         pool="solo",
+        concurrency=1,  # times the multiplier is the prefetch; the default counts processors
         loglevel="ERROR",
         without_gossip=True,
         without_mingle=True,
+        without_heartbeat=True,
         quiet=True,
     )
     with contextlib.suppress(SystemExit):

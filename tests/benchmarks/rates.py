@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Final
 
-from tests.benchmarks.figures import comparison
+from tests.benchmarks.figures import Row, heading
 from tests.benchmarks.job import Job
 from tests.benchmarks.page import table
-from tests.benchmarks.running import Section, Settings, footer, interleaved
+from tests.benchmarks.running import Section, Settings, footer, interleaved, measured
 
 if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
 
-PAIRS: Final = (
-    ("publish, one at a time", "ours_publish_1", "idiom_publish_1", 3_000),
-    ("publish, 100 in flight", "ours_publish_100", "idiom_publish_100", 20_000),
-    ("publish, 1,000 tasks", "ours_publish_1000", "idiom_publish_1000", 20_000),
-    ("publish_many / 1,000 tasks", "ours_publish_many", "idiom_publish_1000", 20_000),
-    ("no-op worker, prefetch 100", "ours_consume", "idiom_consume", 20_000),
+ROWS: Final = (
+    Row(
+        title="publish bytes, one at a time",
+        ours="ours_publish_1",
+        theirs="idiom_publish_1",
+        least_ratio=1.1,
+    ),
+    Row(
+        title="publish bytes, 100 tasks",
+        ours="ours_publish_100",
+        theirs="idiom_publish_100",
+    ),
+    Row(
+        title="publish bytes, 1,000 tasks",
+        ours="ours_publish_1000",
+        theirs="idiom_publish_1000",
+        most_cpu=15,
+    ),
+    Row(
+        title="publish_many of bytes / 1,000 tasks",
+        ours="ours_publish_many",
+        theirs="idiom_publish_1000",
+        most_cpu=15,
+    ),
+    Row(
+        title="no-op worker",
+        ours="ours_consume",
+        theirs="idiom_consume",
+        least_ratio=2,
+        most_cpu=60,
+    ),
+    Row(
+        title="no-op worker, raw bytes",
+        ours="ours_consume_bytes",
+        theirs="idiom_consume_bytes",
+    ),
+    Row(
+        title="publish bytes, 100 tasks, documented calls",
+        ours="ours_publish_100_documented",
+        theirs="idiom_publish_100",
+    ),
+    Row(
+        title="no-op worker, documented calls",
+        ours="ours_consume_documented",
+        theirs="idiom_consume",
+    ),
 )
+MESSAGES: Final = 20_000
+ONE_AT_A_TIME: Final = 3_000
 
 
 async def measure(node: RabbitMQ, settings: Settings) -> Section:
-    """Measure pairs."""
-    rows: list[list[str]] = []
-    for title, ours, idiom, count in PAIRS:
-        job = Job(url=node.url, queue="rates", count=settings.scaled(count))
-        taken = await interleaved(settings.rounds, {ours: job, idiom: job})
-        rows.append(comparison(title, taken[ours], taken[idiom]))
-        print(*rows[-1], sep=" | ", flush=True)
-    header = ("", "msg/s ours", "msg/s idiom", "ratio", "CPU µs ours", "CPU µs idiom", "ratio")
+    """Measure all in turn."""
+    names = dict.fromkeys(name for row in ROWS for name in (row.ours, row.theirs))
+    runs = {}
+    for name in names:
+        count = settings.scaled(ONE_AT_A_TIME if name.endswith("_1") else MESSAGES)
+        job = Job(url=node.url, queue="rates", count=count)
+        runs[name] = functools.partial(measured, node, name, job)
+    taken = await interleaved(settings.rounds, runs)
     return Section(
         [
             "More is better for messages per second, less for CPU.",
             "",
-            *table(header, rows),
+            *table(heading("idiom"), [row.cells(taken) for row in ROWS]),
             *footer(node, "rates", settings.rounds),
         ]
     )

@@ -6,12 +6,13 @@ import asyncio
 import json
 import os
 import platform
+import subprocess
 import sys
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import aio_pika
 
@@ -19,16 +20,24 @@ from aioworkq import Producer, Queue
 from tests.benchmarks.figures import Series
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Iterable
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 
     from aioworkq.testing import RabbitMQ
     from tests.benchmarks.job import Job
 
 ROOT: Final = Path(__file__).parents[2]
 PEERS_PYTHON: Final = ROOT / ".venv-bench" / "bin" / "python"
+PINS: Final = Path(__file__).with_name("peers.txt")
 
 _LONGEST_LINE: Final = 64 * 2**20  # a line has all latencies of a run
 _OURS: Final = ("aio-pika", "aiormq", "anyio", "msgspec")
+_VERSIONS: Final = """
+import json, sys
+from importlib.metadata import version
+print(json.dumps([f"{name} {version(name)}" for name in sys.argv[1:]]))
+"""
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +91,15 @@ class Contestant:
             raise RuntimeError(f"{self._name} ended with {code}.")
 
 
+def is_of_this_environment(name: str) -> bool:
+    """Say whether a contestant runs beside aioworkq; the others need an environment of theirs."""
+    return name.startswith(("ours", "idiom"))
+
+
 @asynccontextmanager
 async def started(name: str, job: Job) -> AsyncGenerator[Contestant]:
     """Run a contestant; the end of the block waits for its end, or brings it about."""
-    is_local = name.startswith(("ours", "idiom"))
+    is_local = is_of_this_environment(name)
     process = await asyncio.create_subprocess_exec(
         sys.executable if is_local else str(PEERS_PYTHON),
         "-m",
@@ -151,33 +165,87 @@ async def wait_empty(url: str, queue: str) -> None:
             await asyncio.sleep(0.1)
 
 
+async def check_queue(node: RabbitMQ, job: Job) -> None:
+    """Ask the broker whether a contestant used the same as all others.
+
+    Raises:
+        RuntimeError: Its queue is of another type or not durable, or has a message that is not
+            persistent.
+    """
+    items = "messages, messages_persistent" if job.queue_type == "classic" else ""
+    facts = await node.eval(
+        f'{{ok, Queue}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{job.queue}">>)),'
+        "Counts = [Count || {_, Count} <- rabbit_amqqueue:info(Queue, [" + items + "])],"
+        "{amqqueue:get_type(Queue), amqqueue:is_durable(Queue), length(lists:usort(Counts)) < 2}"
+    )
+    expected = f"{{rabbit_{job.queue_type}_queue,true,true}}"
+    if facts != expected:
+        raise RuntimeError(
+            f"the queue {job.queue} is not what all contestants use: (type, durable, all messages "
+            f"persistent) is {facts} and not {expected}."
+        )
+
+
 async def measured(
-    name: str, job: Job, *, is_filled: bool = False, keep: bool = False
+    node: RabbitMQ, name: str, job: Job, *, is_filled: bool = False, keep: bool = False
 ) -> dict[str, Any]:
-    """Run one contestant alone with a queue of its own, which is filled before if it consumes."""
-    if not is_filled:
+    """Run one contestant alone with a queue of its own, which is filled before if it consumes.
+
+    Those of other environments declare and fill their queues themselves: by then it must be gone.
+    """
+    if not is_filled and is_of_this_environment(name):
         await fill(job, job.count if "_consume" in name else 1)
     result = await result_of(name, job)
+    await check_queue(node, job)
     if not keep:
         await delete(job.url, [job.queue])
     return result
 
 
-async def interleaved(rounds: int, jobs: dict[str, Job]) -> dict[str, Series]:
-    """Run contestants in turn, who goes first changing with each round."""
-    taken = {name: Series() for name in jobs}
+def turned(names: Iterable[K], number: int) -> list[K]:
+    """Return the order of a round: every other one is backwards, and then another one begins."""
+    order = list(names)
+    begin = number // 2 % len(order)
+    order = order[begin:] + order[:begin]
+    return order[::-1] if number % 2 else order
+
+
+async def interleaved(
+    rounds: int, runs: Mapping[K, Callable[[], Awaitable[Mapping[str, Any]]]]
+) -> dict[K, Series]:
+    """Run contestants in turn, in another order in each round."""
+    taken = {name: Series() for name in runs}
     for number in range(rounds):
-        names = list(jobs) if number % 2 else list(reversed(jobs))
-        for name in names:
-            taken[name].add(await measured(name, jobs[name]))
+        for name in turned(runs, number):
+            result = await runs[name]()
+            taken[name].add(result)
+            rate, cpu = taken[name].rates[-1], taken[name].cpus[-1]
+            print(f"{name}: {rate:,.0f} msg/s, CPU {cpu:.0f} µs", flush=True)
     return taken
 
 
-def footer(node: RabbitMQ | None, part: str, rounds: int) -> list[str]:
-    """Return what each section ends with: where its numbers come from, and how to repeat it."""
+def peer_versions() -> str:
+    """Return the versions of the other work queues, as they are installed."""
+    names = [line.partition("==")[0] for line in PINS.read_text().splitlines() if "==" in line]
+    printed = subprocess.run(
+        [PEERS_PYTHON, "-c", _VERSIONS, *names], stdout=subprocess.PIPE, check=True
+    ).stdout
+    return f"The environment of the others has {', '.join(json.loads(printed))}."
+
+
+def footer(node: RabbitMQ | None, part: str, rounds: int, *more: str) -> list[str]:
+    """Return what each section ends with: where its numbers come from, and how to repeat it.
+
+    Args:
+        node: The broker; None where there was none.
+        part: What `make bench` calls this.
+        rounds: Of how many the medians are.
+        more: Versions beside those of our own environment.
+    """
     versions = [f"Python {platform.python_version()}"]
     versions += [f"RabbitMQ {node.version}"] if node else []
     versions += [f"{name} {version(name)}" for name in _OURS]
+    versions += more
     how_often = "One round" if rounds == 1 else f"Medians of {rounds} rounds"
     return [
         "",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 
 from tests.benchmarks.figures import (
+    Row,
     Series,
-    comparison,
     growth,
+    heading,
     is_linear,
     median_ratio,
     percentile,
+    spread,
 )
 
 
@@ -50,12 +52,21 @@ def test_one_step_is_enough_to_be_faster_than_linear() -> None:
     assert not is_linear([1, 10, 100], [5, 6, 75], noise=1.1)
 
 
-def test_a_row_has_medians_and_ratios() -> None:
-    """Rates per second, CPU in microseconds per message."""
+def test_the_spread_is_of_the_ratios_within_a_round() -> None:
+    """It is not the ratio of the extremes."""
+    assert spread([20.0, 3.0], [10.0, 1.0]) == "2.00 to 3.00"
+
+
+def test_a_row_has_medians_ratios_and_targets() -> None:
+    """Rates per second, CPU in microseconds per message; a target that is not is left empty."""
     ours, theirs = Series(), Series()
-    for wall in (1.0, 2.0, 4.0):
+    for wall, times in ((1.0, 2), (2.0, 2), (4.0, 3)):
         ours.add({"messages": 4000, "wall": wall, "cpu": 0.1})
-        theirs.add({"messages": 4000, "wall": 2 * wall, "cpu": 0.4})
-    assert comparison("row", ours, theirs) == [
-        "row", "2,000", "1,000", "2.00", "25", "100", "0.25",
+        theirs.add({"messages": 4000, "wall": times * wall, "cpu": 0.4})
+    row = Row(title="row", ours="a", theirs="b", least_ratio=1.1)
+    cells = row.cells({"a": ours, "b": theirs})
+    assert cells == [
+        "row", "2,000", "1,000", "2.00", "2.00 to 3.00", "at least 1.1",
+        "25", "", "100", "0.25",
     ]  # fmt: skip
+    assert len(heading("theirs")) == len(cells)
