@@ -228,7 +228,7 @@ class DeadLetters(Generic[T]):
         Args:
             where: Says of each whether it is meant: a plain function, not ``async``; None for all.
                 It may be asked again about one that it did not mean, when this takes minutes.
-            rate: How many a second at most; None for no bound.
+            rate: How many a second at most, by the broker's clock; None for no bound.
 
         Returns:
             How many were published.
@@ -243,14 +243,17 @@ class DeadLetters(Generic[T]):
             raise ValueError(f"rate is {rate}: it must be more than 0 a second.")
         chosen = _choice(where)
         replayed = 0
-        began = anyio.current_time()
+        last: datetime | None = None
 
         async def publish(dead: DeadMessage[T]) -> bool:
-            nonlocal replayed
+            nonlocal replayed, last
             if not chosen(dead):
                 return False
-            if rate is not None:
-                await anyio.sleep_until(began + replayed / rate)
+            if rate is not None and last is not None:
+                passed = (self._connection.now() - last).total_seconds()
+                # The time of day may be set back, and nobody shall wait for hours.
+                await self._connection.sleep(max(0.0, 1 / rate - max(0.0, passed)))
+            last = self._connection.now()
             headers = {
                 name: value
                 for name, value in dead.message.headers.items()

@@ -139,7 +139,7 @@ class Duplicates:
             # If its ack is lost on the way, the redelivery is acked and not run again.
             self._memory.acked(run.delivery.message, run.generation)
             run.is_done = True
-        elif settled is Settled.RETURNED and getattr(outcome, "counts", False):
+        elif settled is Settled.RETURNED and getattr(outcome, "counts", run.was_started):
             self._memory.returned(run.delivery.message, now())
         elif settled is Settled.OVERCOUNTED:
             self.excuse(run)

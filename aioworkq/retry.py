@@ -34,13 +34,14 @@ class RetryPolicy:
 
     The delay after attempt *n* is ``min(max, first * factor ** (n - 1))``, of which a random part
     of up to ``jitter`` is taken off, so that what failed together does not come back together.
-    The defaults yield about 1, 2, 4, 8, 16, 32, 64 s and then dead-letter the message after its
-    8th attempt, two minutes after its first.
+    RabbitMQ waits for that, rounded up as any delay is: to eighths of a second, or by less than one
+    part in 16. The defaults yield 0.875 to 1, 1.625 to 2, 3.125 to 4, up to 8, 16, 32 and 64 s, and
+    then dead-letter the message after its 8th attempt, two minutes after its first.
 
     Attributes:
         attempts: Starts in all, the first one included; at least 1.
         first: Seconds after the first attempt.
-        max: No delay is longer, in seconds.
+        max: No delay is longer, in seconds, but for the rounding.
         factor: By how much each delay is longer than the one before; at least 1.
         jitter: The part of a delay that is random, 0 to 1.
         on: Only these exceptions are retried; others dead-letter the message at once.
@@ -55,7 +56,7 @@ class RetryPolicy:
     first: float = 1.0
     max: float = 3600.0
     factor: float = 2.0
-    jitter: float = 0.1
+    jitter: float = 0.25
     on: tuple[type[Exception], ...] | type[Exception] = Exception
     give_up_on: tuple[type[Exception], ...] | type[Exception] = ()
 

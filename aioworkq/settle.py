@@ -7,6 +7,7 @@ leaves the original where it was.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from enum import Enum
@@ -280,6 +281,10 @@ class Settler:
 
     async def _dead_letter(self, unsettled: Unsettled, outcome: DeadLetter) -> Settled:
         delivery = unsettled.delivery
+        if not self._outbox.connection.is_connected:
+            # How large a header may be, the connection that publishes it has negotiated.
+            with contextlib.suppress(WorkQueueError):
+                await self._outbox.wait_connected(timeout=_STOPPING_TIMEOUT)
         if not await self._publish(self._dead_letter_of(unsettled, outcome)):
             return await self._put_back(unsettled, counts=unsettled.was_started)
         self.counts.dead_lettered += 1

@@ -132,6 +132,17 @@ class Broker:
         await eventually(get, timeout=timeout)
         return taken[0]
 
+    async def take_and_lose(self, queue: str) -> None:
+        """Have a message handed over, and lose the channel that it came on, unacked."""
+        assert self._connection is not None
+        channel = await self._connection.channel()
+
+        async def get() -> bool:
+            return isinstance((await channel.basic_get(queue)).delivery, Basic.GetOk)
+
+        await eventually(get)
+        await channel.close()
+
     async def take_all(self, queue: str, *, limit: int = 1_000_000) -> list[DeliveredMessage]:
         """Take what waits in a queue."""
         channel = await self._open()

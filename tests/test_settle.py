@@ -7,6 +7,7 @@ import decimal
 import logging
 import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from aioworkq import (
     Ack,
     DeadLetter,
+    DeadLetters,
     Delivery,
     Outcome,
     Producer,
@@ -25,6 +27,7 @@ from aioworkq import (
     RetryPolicy,
     Worker,
 )
+from aioworkq.testing import RabbitMQ
 from tests.consuming import Broker, eventually, headers_of
 
 if TYPE_CHECKING:
@@ -208,6 +211,124 @@ async def test_reject_dead_letters_now(
     assert headers_of(dead)["x-aioworkq-reason"] == "no such customer"
     assert headers_of(dead)["x-aioworkq-attempts"] == 1
     assert worker.statistics().failed == 0
+
+
+@TYPES
+async def test_an_uncounted_retry_that_cannot_be_published(
+    broker: Broker, url: str, queue_name: str, kind: QueueType
+) -> None:
+    """The original goes back to its queue, whatever that counts it is no attempt."""
+    queue: Queue[Any] = Queue(queue_name, type=kind)
+    worker = Worker(url)
+    attempts: list[int] = []
+
+    @worker.handler(queue, attempts=2)
+    async def handle(body: Any, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        if len(attempts) == 1:
+            raise RetryLater(0.125, counts=False)
+        if len(attempts) == 2:
+            raise ValueError("once")
+
+    await broker.declare_exchange("aioworkq.v1.delay.00", "direct")
+    async with worker, Producer(url) as producer:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().handled == 1)
+    assert attempts == [1, 1, 2]
+    assert await broker.ready(queue.dead_letter_queue) == 0
+
+
+@TYPES
+async def test_a_dead_letter_tells_when_it_failed_first(
+    url: str, queue_name: str, kind: QueueType
+) -> None:
+    """Also where its attempts were requeued, which writes nothing into the message."""
+    queue: Queue[str] = Queue(queue_name, str, type=kind)
+    worker = Worker(url)
+    failures: list[datetime] = []
+
+    @worker.handler(queue, attempts=4)
+    async def handle(body: str) -> None:
+        failures.append(datetime.now(UTC))
+        raise ValueError(body)
+
+    async with worker, Producer(url) as producer:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().dead_lettered == 1)
+    async with DeadLetters(url, queue) as dead:
+        (letter,) = await dead.peek()
+    assert letter.attempts == len(failures) == 4
+    assert letter.first_failure is not None
+    assert letter.last_failure is not None
+    second = timedelta(seconds=1)  # AMQP's timestamps have no smaller part
+    assert failures[0] - second < letter.first_failure <= failures[1]
+    assert failures[3] - second < letter.last_failure
+
+
+@TYPES
+async def test_a_first_failure_that_is_not_known_is_not_made_up(
+    broker: Broker, url: str, queue_name: str, kind: QueueType
+) -> None:
+    """Another process had the message before, and may have failed at it."""
+    queue: Queue[str] = Queue(queue_name, str, type=kind)
+    worker = Worker(url)
+
+    @worker.handler(queue, attempts=2, on_error="dead-letter")
+    async def handle(body: str) -> None:
+        raise ValueError(body)
+
+    async with Producer(url) as producer:
+        await producer.publish(queue, "x")
+    await broker.take_and_lose(queue_name)
+    async with worker:
+        await eventually(lambda: worker.statistics().dead_lettered == 1)
+    async with DeadLetters(url, queue) as dead:
+        (letter,) = await dead.peek()
+    assert letter.attempts == 2
+    assert letter.first_failure is None
+    assert letter.last_failure is not None
+
+
+async def test_the_limit_of_a_queue_that_is_not_ours_drops_nothing(
+    broker: Broker, url: str, queue_name: str
+) -> None:
+    """RabbitMQ 4 drops what came back 20 times to a quorum queue declared without a limit."""
+    await broker.declare(queue_name, **{"x-queue-type": "quorum"})
+    queue: Queue[str] = Queue(queue_name, str)
+    worker = Worker(url)
+    attempts: list[int] = []
+
+    @worker.handler(queue, attempts=None, on_error=lambda *_: Requeue())
+    async def handle(body: str, delivery: Delivery) -> None:
+        attempts.append(delivery.attempt)
+        if len(attempts) < 50:
+            raise ValueError(body)
+
+    async with worker, Producer(url) as producer:
+        await producer.publish(queue, "x")
+        await eventually(lambda: worker.statistics().handled == 1, timeout=60)
+    assert attempts == list(range(1, 51))
+
+
+@pytest.mark.one_version
+async def test_a_dead_letter_fits_into_the_smallest_frame(queue_name: str) -> None:
+    """However much its own headers, a reason and an exception say."""
+    queue: Queue[str] = Queue(queue_name, str)
+    async with RabbitMQ(config={"frame_max": "8192"}) as node:
+        worker = Worker(node.url)
+
+        @worker.handler(queue, attempts=1)
+        async def handle(body: str) -> None:
+            raise Reject("\N{RABBIT FACE}" * 5000) if body == "reason" else ValueError("x" * 9000)
+
+        async with worker, Producer(node.url) as producer:
+            await producer.publish(queue, "reason")
+            await producer.publish(queue, "exception", headers={"own": "x" * 7000})
+            await eventually(lambda: worker.statistics().dead_lettered == 2, timeout=60)
+        async with DeadLetters(node.url, queue) as dead:
+            letters = {letter.body(): letter for letter in await dead.peek()}
+    assert letters["reason"].reason.startswith("\N{RABBIT FACE}" * 100)
+    assert letters["exception"].attempts == 1
 
 
 @pytest.mark.parametrize("counts", [True, False])

@@ -354,3 +354,22 @@ async def test_a_delayed_message_waits_for_room_in_a_full_queue(broker: MemoryBr
         assert handled == [1, 2]
         await broker.advance(180)
     assert handled == [1, 2, 3]
+
+
+async def test_a_replay_keeps_its_rate_by_the_brokers_clock(broker: MemoryBroker) -> None:
+    """One in ten seconds, at once for the first."""
+    queue, worker = Queue("q", int), Worker(broker)
+
+    @worker.handler(queue, attempts=1)
+    async def handle(number: int) -> None:
+        raise LookupError(number)
+
+    async with Producer(broker) as producer, worker:
+        await producer.publish_many(queue, [1, 2, 3])
+        await broker.advance(1)
+    async with DeadLetters(broker, queue) as dead:
+        replay = asyncio.create_task(dead.replay(rate=0.1))
+        for passes, replayed in ((0, 1), (9, 1), (1, 2), (9, 2), (1, 3)):
+            await broker.advance(passes)
+            assert broker.counts(queue).ready == replayed
+        assert await replay == 3
