@@ -12,6 +12,7 @@ from aioworkq.outbox import Publication
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import datetime
     from types import TracebackType
 
     from aioworkq.message import Message
@@ -94,6 +95,7 @@ class Batch(Generic[T]):
         queue: Where they shall go.
         message_of: Makes a message of a body.
         delay: Seconds that each message waits in the broker first.
+        at: When they shall arrive: then the delay of those that come later is shorter.
         timeout: Seconds that each message has.
     """
 
@@ -105,6 +107,7 @@ class Batch(Generic[T]):
         message_of: Callable[[T], Message],
         *,
         delay: float,
+        at: datetime | None,
         timeout: float,
     ) -> None:
         self._producer = producer
@@ -112,6 +115,7 @@ class Batch(Generic[T]):
         self._queue = queue
         self._message_of = message_of
         self._delay = delay
+        self._at = at
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
         self._report = PublishReport()
@@ -290,7 +294,7 @@ class Batch(Generic[T]):
                 self._queue,
                 deadline,
                 message=message,
-                delay=self._delay,
+                delay=self._delay if self._at is None else self._producer.seconds_until(self._at),
             )
 
     def finish(self) -> PublishReport:

@@ -315,9 +315,15 @@ class Producer:
             message_id=None,
             correlation_id=correlation_id,
         )
-        async with Batch(self, outbox, queue, message_of, delay=seconds, timeout=wait) as batch:
+        async with Batch(
+            self, outbox, queue, message_of, delay=seconds, at=at, timeout=wait
+        ) as batch:
             await batch.publish(bodies)
         return batch.finish()
+
+    def seconds_until(self, at: datetime) -> float:
+        """Return the delay that is left until then. For `Batch` too."""
+        return checked_delay(None, at, now=self._connection.now())
 
     def _must_declare(self, queue: Queue[Any]) -> bool:
         return queue.declare and queue.name not in self._declared

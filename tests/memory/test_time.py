@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import uvloop
@@ -23,6 +23,9 @@ from aioworkq import (
     Worker,
 )
 from aioworkq.memory.clock import Clock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 
 @pytest.fixture
@@ -373,3 +376,18 @@ async def test_a_replay_keeps_its_rate_by_the_brokers_clock(broker: MemoryBroker
             await broker.advance(passes)
             assert broker.counts(queue).ready == replayed
         assert await replay == 3
+
+
+async def test_bodies_that_come_late_arrive_at_the_same_time(broker: MemoryBroker) -> None:
+    """A point in time stays where it is while an iterable takes its time."""
+    queue, at = Queue("q", int), broker.now() + timedelta(seconds=60)
+
+    async def slowly() -> AsyncIterator[int]:
+        for number in range(4):
+            yield number
+            await broker.advance(24)  # the last one comes after that time
+
+    async with Producer(broker) as producer:
+        report = await producer.publish_many(queue, slowly(), at=at)
+        assert report.confirmed == 4
+        assert broker.counts(queue).ready == 4
