@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from aioworkq.errors import DecodeError, TopologyError, WorkQueueError
-from aioworkq.message import CRASHED, TRIAL, is_counted_by_broker, own_attempts, returns
+from aioworkq.message import (
+    CRASHED,
+    MANY_RETURNS,
+    TRIAL,
+    is_counted_by_broker,
+    own_attempts,
+    returns,
+)
 from aioworkq.outcome import DeadLetter, Outcome, Requeue, failure_of
 
 if TYPE_CHECKING:
@@ -26,8 +33,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("aioworkq")
 
 _NO_COPY_PAUSE: Final = 1.0
-_MANY_RETURNS: Final = 10
-"""Half of what RabbitMQ 4 bears in a quorum queue that was declared without a limit."""
 
 
 class Admission:
@@ -60,7 +65,7 @@ class Admission:
         own = own_attempts(headers)
         if is_counted_by_broker(headers):
             # The queue may not be one of ours, and drop what came back too often.
-            run.needs_recount = returns(headers, redelivered=True) >= _MANY_RETURNS
+            run.needs_recount = returns(headers, redelivered=True) >= MANY_RETURNS
         else:
             run.needs_recount = run.used > own
         run.needs_trial = self._is_suspect(run)

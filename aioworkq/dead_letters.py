@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import logging
 from collections import Counter
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
@@ -18,17 +19,19 @@ from msgspec import Struct
 
 from aioworkq.codec import codec_for
 from aioworkq.connect import connection_to
-from aioworkq.errors import ConnectionLostError, StateError
+from aioworkq.errors import ConnectionLostError, StateError, WorkQueueError
 from aioworkq.message import (
     ATTEMPTS,
     EXCEPTION_MESSAGE,
     EXCEPTION_TYPE,
     FIRST_FAILURE,
     LAST_FAILURE,
+    MANY_RETURNS,
     OUR_HEADERS,
     QUEUE,
     REASON,
     TRACEBACK,
+    returns,
 )
 from aioworkq.outbox import Outbox
 from aioworkq.topology import Queue, as_queue, declarations
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from aioworkq.message import Message
 
 T = TypeVar("T")
+
+_log = logging.getLogger("aioworkq")
 
 _CLOSE_TIMEOUT: Final = 5.0
 _RETURN_TIMEOUT: Final = 2.0
@@ -259,10 +264,7 @@ class DeadLetters(Generic[T]):
                 for name, value in dead.message.headers.items()
                 if name not in OUR_HEADERS
             }
-            copy = dead.message.copy_to(self._queue.name, headers)
-            deadline = anyio.current_time() + self._timeout
-            wire = self._outbox.connection.prepare(copy)
-            await self._outbox.publish(copy, wire, deadline=deadline)
+            await self._publish(dead.message.copy_to(self._queue.name, headers))
             replayed += 1
             return True
 
@@ -341,7 +343,8 @@ class DeadLetters(Generic[T]):
                 incoming = await getter.get(timeout=self._timeout)
                 if incoming is None:
                     return None
-                if await decide(self._dead(incoming)):
+                dead = self._dead(incoming)
+                if await decide(dead) or await self._is_renewed(dead, incoming):
                     await getter.ack(incoming.tag, timeout=self._timeout)
                     done += 1
                     if seen > done and anyio.current_time() > due:
@@ -350,6 +353,28 @@ class DeadLetters(Generic[T]):
         finally:
             await getter.aclose(timeout=_CLOSE_TIMEOUT)
             await self._wait_returned(name, ready - done)
+
+    async def _is_renewed(self, dead: DeadMessage[T], incoming: Incoming) -> bool:
+        """Put a copy behind the others, if a dead letter has been looked at often.
+
+        Each look may be charged to it, and the queue may not be one of ours: RabbitMQ 4 drops what
+        came back 20 times to a quorum queue that was declared without a limit.
+        """
+        if returns(incoming.message.headers, redelivered=incoming.redelivered) < MANY_RETURNS:
+            return False
+        headers = {QUEUE: dead.queue, REASON: dead.reason, **dead.message.headers}
+        copy = dead.message.copy_to(self._queue.dead_letter_queue, headers)
+        try:
+            await self._publish(copy)
+        except (WorkQueueError, ValueError, TypeError) as exc:
+            _log.warning("A dead letter that was looked at often is not renewed: %s", exc)
+            return False
+        return True
+
+    async def _publish(self, copy: Message) -> None:
+        deadline = anyio.current_time() + self._timeout
+        wire = self._outbox.connection.prepare(copy)
+        await self._outbox.publish(copy, wire, deadline=deadline)
 
     async def _wait_returned(self, name: str, ready: int) -> None:
         """Wait until what was looked at is back: a quorum queue takes it back a moment later.

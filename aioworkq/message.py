@@ -80,6 +80,8 @@ _NOT_PUBLISHED: Final = _BROKER_HEADERS | OUR_HEADERS
 _COUNTS: Final = frozenset({"x-delivery-count", "x-acquired-count"})
 _MAX_COUNT: Final = 2**31
 """Nothing is counted further: what another client wrote must have room for more."""
+MANY_RETURNS: Final = 10
+"""Half of what RabbitMQ 4 bears in a quorum queue that was declared without a limit."""
 _MAX_EXCEPTION_MESSAGE: Final = 2_000
 _MAX_TRACEBACK: Final = 8_000
 _MAX_REASON: Final = 2_000

@@ -330,3 +330,18 @@ async def test_a_look_that_is_cancelled_leaves_no_channel(url: str, queue_name: 
             while connection._current.channels:
                 await anyio.sleep(0.01)
         assert await dead.peek() == []
+
+
+async def test_looking_often_drops_nothing_from_a_queue_that_is_not_ours(
+    broker: Broker, url: str, queue_name: str
+) -> None:
+    """RabbitMQ 4 drops what came back 20 times to a quorum queue declared without a limit."""
+    queue = Queue[int](queue_name)
+    await broker.declare(queue.dead_letter_queue, **{"x-queue-type": "quorum"})
+    there = Queue[int](queue.dead_letter_queue, declare=False)
+    async with DeadLetters(url, queue) as dead, Producer(url) as producer:
+        (await producer.publish_many(there, range(3), headers={"h": 1})).raise_for_errors()
+        for _ in range(30):
+            letters = await dead.peek()
+            assert {one.body() for one in letters} == {0, 1, 2}
+    assert all(one.reason == "unknown" and one.message.headers["h"] == 1 for one in letters)
