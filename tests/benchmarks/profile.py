@@ -18,7 +18,7 @@ from aioworkq import Producer, Queue, Worker
 from aioworkq.testing import RabbitMQ
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
     from types import FrameType
 
 MESSAGES: Final = 200_000
@@ -52,7 +52,7 @@ def part_of(path: str) -> str:
 
 
 @contextmanager
-def sampled(what: str) -> Iterator[None]:
+def sampled(what: str) -> Generator[None]:
     """Sample what runs, and print the shares."""
     samples: Counter[str] = Counter()
 
