@@ -11,6 +11,7 @@ Linux only.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -40,6 +41,7 @@ __all__ = [
 ]
 
 _BOOTS = 4  # a port that was free when it was chosen may be lost in a race: then again
+_evals = itertools.count(1)  # a name of its own for each, in this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,12 +334,14 @@ class RabbitMQ(Lifetime):
         expression = expression.strip().removesuffix(".")
         if erl_call is None:  # this Erlang came without it
             return (await self.rabbitmqctl("eval", f"{expression}.", timeout=timeout)).strip()
+        # Its own random name is one per second, and a node refuses a name that is connected.
+        name = f"eval{os.getpid()}_{next(_evals)}"
         # erl_call reads Latin-1.
         escaped = "".join(c if c.isascii() else f"\\x{{{ord(c):x}}}" for c in expression)
         program = f'io:put_chars(io_lib:format("~0tp", [begin {escaped} end])).\n'
         address = f"{HOST}:{node.ports.distribution}"
         done = await node.run(
-            [erl_call, "-r", "-e", "-fetch_stdout", "-address", address],
+            [erl_call, "-h", name, "-e", "-fetch_stdout", "-address", address],
             what=what,
             timeout=timeout,
             stdin=program.encode(),

@@ -212,6 +212,19 @@ async def test_a_failing_eval_raises(rabbitmq: RabbitMQ, expression: str, reason
         await rabbitmq.eval(expression)
 
 
+async def test_evals_at_a_time_do_not_disturb_each_other(rabbitmq: RabbitMQ) -> None:
+    """Each is a client with a name of its own: a node refuses a name that is connected."""
+    values: dict[int, str] = {}
+
+    async def evaluate(number: int) -> None:
+        values[number] = await rabbitmq.eval(f"timer:sleep(100), {number}")
+
+    async with anyio.create_task_group() as tasks:
+        for number in range(8):
+            tasks.start_soon(evaluate, number)
+    assert values == {number: str(number) for number in range(8)}
+
+
 async def test_virtual_hosts_come_and_go(rabbitmq: RabbitMQ, queue_name: str) -> None:
     """A virtual host may have any name; its URL works until it is deleted."""
     name = f'{queue_name}/ü %"'
