@@ -27,7 +27,7 @@ class DelayQueues:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._level = -1
-        self._bound: dict[tuple[str, bool], float] = {}
+        self._bound: dict[str, float] = {}
         self._lock = asyncio.Lock()
 
     async def send_off(
@@ -45,30 +45,31 @@ class DelayQueues:
             TopologyError: The broker refuses a declaration.
             ConnectionLostError: The connection went away, or no answer came in time.
         """
-        way = _way(queue, delay)
+        end = _end(queue)
+        way = route(end, delay)
         async with self._lock:
-            needed = self._needed(way, queue)
+            needed = self._needed(way, queue.name, end)
             if needed:
                 await self._connection.declare(needed, timeout=timeout)
                 self._level = max(self._level, way.level)
-                self._bound[queue.name, refuses_when_full(queue)] = _now()
+                self._bound[end] = _now()
         message.exchange, message.routing_key = way.exchange, way.routing_key
 
     def send_off_nowait(self, message: Message, delay: float, queue: Queue[Any]) -> bool:
         """Address a message, and return True, if nothing has to be declared for it."""
-        way = _way(queue, delay)
-        if self._needed(way, queue):
+        end = _end(queue)
+        way = route(end, delay)
+        if self._needed(way, queue.name, end):
             return False
         message.exchange, message.routing_key = way.exchange, way.routing_key
         return True
 
-    def _needed(self, way: Route, queue: Queue[Any]) -> list[Declaration]:
+    def _needed(self, way: Route, name: str, end: str) -> list[Declaration]:
         needed: list[Declaration] = []
         if way.level > self._level:
             needed += level_declarations(way.level)
-        may_refuse = refuses_when_full(queue)
-        if _now() - self._bound.get((queue.name, may_refuse), -_BOUND_FOR) >= _BOUND_FOR:
-            needed += destination_declarations(queue.name, may_refuse=may_refuse)
+        if _now() - self._bound.get(end, -_BOUND_FOR) >= _BOUND_FOR:
+            needed += destination_declarations(name, may_refuse=end != name)
         return needed
 
     def forget(self) -> None:
@@ -77,8 +78,9 @@ class DelayQueues:
         self._bound.clear()
 
 
-def _way(queue: Queue[Any], delay: float) -> Route:
-    return route(arrival(queue.name) if refuses_when_full(queue) else queue.name, delay)
+def _end(queue: Queue[Any]) -> str:
+    """Return the name of the queue that the way through the delay queues ends in."""
+    return arrival(queue.name) if refuses_when_full(queue) else queue.name
 
 
 def _now() -> float:

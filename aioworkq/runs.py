@@ -209,8 +209,8 @@ class Runs:
         if run.delivery.redelivered:
             self._admission.look_at_redelivery(run)
             run.first_failure = self._duplicates.first_failure(run.delivery.message)
-        is_trial = TRIAL in run.delivery.message.headers
-        run.is_trial = is_trial and not self._admission.is_used_up(run)
+        headers = run.delivery.message.headers
+        run.is_trial = TRIAL in headers and not self._admission.is_used_up(run)
         if run.is_trial:
             self._try_or_keep(run)
             return

@@ -130,9 +130,8 @@ def refusal(
         asked: The arguments of our declaration, to name both sides of a difference.
     """
     text = describe(exc)
-    if re.search(
-        f"{_UNAVAILABLE}|{_LATE}", re.sub(_QUOTED, "''", text)
-    ):  # a queue's name may say anything
+    unquoted = re.sub(_QUOTED, "''", text)  # a queue's name may say anything
+    if re.search(f"{_UNAVAILABLE}|{_LATE}", unquoted):
         return ConnectionLostError(what, reason=text)
     if isinstance(exc, aiormq_errors.ChannelPreconditionFailed):
         found = re.search(_INEQUIVALENT, text, re.DOTALL)
