@@ -226,7 +226,9 @@ class Producer:
         """
         outbox = self._running()
         queue = as_queue(queue)
-        seconds = _checked_delay(delay, at, expiration, now=self._connection.now)
+        seconds = 0.0
+        if delay is not None or at is not None:
+            seconds = _checked_delay(delay, at, expiration, now=self._connection.now)
         message = self._message(
             queue,
             body,
