@@ -148,13 +148,16 @@ class Consumer:
         self._tasks = tasks
         self._runs.start_in(tasks)
         with anyio.CancelScope() as self._loop_scope:
-            failures = 0
+            failures, reconnects = 0, 0
             while not self._stopping.is_set():
                 self._change(ConsumerState.CONNECTING)
                 try:
                     await self._connection.wait_connected()
+                    if reconnects != self._connection.reconnects:
+                        # Whatever failed on another connection: connecting has pauses of its own.
+                        failures, reconnects = 0, self._connection.reconnects
                     await self._trials.wait_over()
-                    subscription = await self._subscribe(failures)
+                    subscription = await self._subscribe()
                 except WorkQueueError as exc:
                     if self._stopping.is_set():
                         break
@@ -172,7 +175,7 @@ class Consumer:
                 pause = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
                 await self._connection.sleep(pause)
 
-    async def _subscribe(self, failures: int) -> Subscription | None:
+    async def _subscribe(self) -> Subscription | None:
         """Declare the queue and subscribe; None when that failed and may succeed later."""
         try:
             await self._connection.declare(declarations(self.queue), timeout=self._timeout)
@@ -201,7 +204,7 @@ class Consumer:
         if subscription.is_lost:
             return subscription
         self._change(ConsumerState.SUBSCRIBED)
-        if self._losses or failures:
+        if self._last_error:
             _log.warning("The consumer of queue %r is subscribed again.", self.queue.name)
         return subscription
 

@@ -148,6 +148,32 @@ async def test_a_cancelled_consumer_comes_back(
     assert handled == [(1, False)]
 
 
+async def test_a_consumer_that_is_cancelled_often_waits_longer(
+    broker: MemoryBroker, worker: Worker
+) -> None:
+    """It is asked for again after 0.1 seconds first, and after 5 at most."""
+    cancelled = 0
+    while worker.is_ready:
+        broker.cancel_consumers(QUEUE)
+        cancelled += 1
+        await broker.advance(0.1)
+    assert cancelled > 1
+    for _ in range(10):
+        await broker.advance(5)
+        assert worker.is_ready
+        broker.cancel_consumers(QUEUE)
+
+
+async def test_a_connection_that_is_lost_often_makes_no_consumer_wait(
+    broker: MemoryBroker, worker: Worker
+) -> None:
+    """Connecting has pauses of its own: a consumer adds its first one to them, each time."""
+    for _ in range(10):
+        broker.drop_connections("worker")
+        await broker.advance(0.1)
+        assert worker.is_ready
+
+
 async def test_a_deleted_queue_is_declared_anew(
     broker: MemoryBroker, producer: Producer, worker: Worker, handled: list[tuple[int, bool]]
 ) -> None:
