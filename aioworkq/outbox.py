@@ -98,7 +98,7 @@ class Publication(Struct, eq=False):
         raise NotImplementedError
 
 
-class _Awaited(Publication, eq=False, kw_only=True):
+class Awaited(Publication, eq=False, kw_only=True):
     """A publication that a task waits for."""
 
     outcome: asyncio.Future[None]
@@ -210,15 +210,19 @@ class Outbox:
         Raises:
             WorkQueueError: One of the errors of `Producer.publish`.
         """
-        outcome: asyncio.Future[None] = self.loop.create_future()
-        size = len(message.body)
-        publication = _Awaited(self, message, wire, deadline, size, outcome=outcome)
-        self.submit(publication)
+        publication = self.begin(message, wire, deadline=deadline)
         try:
-            await outcome
+            await publication.outcome
         except asyncio.CancelledError:
             self.take_back(publication)
             raise
+
+    def begin(self, message: Message, wire: Any, *, deadline: float) -> Awaited:
+        """Submit a message whose outcome is waited for; `publish` is this, and waits."""
+        outcome: asyncio.Future[None] = self.loop.create_future()
+        publication = Awaited(self, message, wire, deadline, len(message.body), outcome=outcome)
+        self.submit(publication)
+        return publication
 
     def submit(self, publication: Publication) -> None:
         """Take a publication. Its `Publication.done` gets the outcome, perhaps at once."""
@@ -285,8 +289,10 @@ class Outbox:
             self._abandoned_bytes -= publication.size
         elif confirm is Confirm.ACK:
             self.confirmed += 1
-            self._taking.add(publication.message.exchange or publication.message.queue)
-            self._finish(publication, None)
+            message = publication.message
+            self._taking.add(message.exchange or message.queue)
+            self._resolve(publication)
+            publication.done(None)
         elif confirm is Confirm.NACK and self._may_lack_leader(publication):
             publication.is_refused = True
             self._again.append(publication)

@@ -245,8 +245,13 @@ class Producer:
             with outbox.expecting():
                 await self.make_way(queue, deadline, message=message, delay=seconds)
             wire = self._connection.prepare(message)
+        # As `Outbox.publish`, with a coroutine less for each message.
+        publication = outbox.begin(message, wire, deadline=deadline)
         try:
-            await outbox.publish(message, wire, deadline=deadline)
+            await publication.outcome
+        except asyncio.CancelledError:
+            outbox.take_back(publication)
+            raise
         except UnroutableError:
             if not (queue.declare or seconds):
                 raise

@@ -10,6 +10,7 @@ import pamqp.frame
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from pamqp.body import ContentBody
 from pamqp.commands import Basic
 from pamqp.header import ContentHeader
@@ -84,6 +85,39 @@ def test_every_property_makes_the_round_trip() -> None:
         app_id="app",
         reply_to="reply",
     )
+    assert fields(round_trip(message)) == fields(message)
+
+
+UNUSUAL: dict[str, Any] = {
+    "headers": {"a": 1},
+    "priority": 0,
+    "correlation_id": "",
+    "reply_to": "reply",
+    "expiration": 0.0,
+    "type": "kind",
+    "app_id": "",
+    "timestamp": None,
+    "message_id": "",
+    "persistent": False,
+    "content_type": None,
+    "content_encoding": None,
+}
+
+
+@given(st.sets(st.sampled_from(sorted(UNUSUAL))))
+@settings(deadline=None)
+def test_any_properties_make_the_round_trip(names: set[str]) -> None:
+    """Whichever of them differ from those of most messages, which have a way of their own."""
+    usual = Message(
+        b"body",
+        "queue",
+        routing_key="queue",
+        message_id="m",
+        content_type="application/json",
+        content_encoding="utf-8",
+        timestamp=NOW,
+    )
+    message = structs.replace(usual, **{name: UNUSUAL[name] for name in names})
     assert fields(round_trip(message)) == fields(message)
 
 
