@@ -582,9 +582,7 @@ async def test_a_timeout_of_zero_fails_and_harms_nobody(
         with pytest.raises(ConnectionLostError, match="declaring queue"):
             await producer.publish(queue_name, b"x", timeout=0)
         await producer.publish(queue_name, b"x")
-        proxy.stall(
-            to_broker=False
-        )  # or the confirm may be here first, if this process stood still
+        proxy.stall(to_broker=False)  # or the confirm is first, if this process stood still
         with pytest.raises(OutcomeUnknownError, match="in time: the broker is silent"):
             await producer.publish(queue_name, b"x", timeout=0)
         proxy.flow()
