@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from aioworkq.testing import RabbitMQ
 
 SOURCE: Final = Path(__file__).with_name("librabbitmq.c")
-MESSAGES: Final = 20_000
+MESSAGES: Final = 60_000
 VERBS: Final = ("publish", "consume")
 ROWS: Final = (
     Row(
