@@ -14,7 +14,7 @@ from pamqp.header import ContentHeader
 
 from aioworkq import Message, Producer, Queue
 from aioworkq.amqp import wire
-from aioworkq.amqp.publish_channel import _PIECE, AmqpPublishChannel
+from aioworkq.amqp.publish_channel import _LARGE, _PIECE, AmqpPublishChannel
 from aioworkq.amqp.transport import Link
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, encode
 from aioworkq.broker import Confirm
@@ -32,9 +32,9 @@ A_WRITE = _PIECE // 6
 class Sent:
     """A publication, as far as a channel asks it, and its outcome."""
 
-    def __init__(self, number: int, outcomes: dict[int, Confirm]) -> None:
-        self.message = Message(b"body", "q", message_id=f"m{number}")
-        self.wire = encode(self.message, frame_max=DEFAULT_FRAME_MAX, max_message_size=100)
+    def __init__(self, number: int, outcomes: dict[int, Confirm], body: bytes = b"body") -> None:
+        self.message = Message(body, "q", message_id=f"m{number}")
+        self.wire = encode(self.message, frame_max=DEFAULT_FRAME_MAX, max_message_size=2**20)
         self._number = number
         self._outcomes = outcomes
 
@@ -96,9 +96,9 @@ class Line:
             self.wire.channel, link=self.wire.link, frame_max=DEFAULT_FRAME_MAX
         )
 
-    def send(self, first: int, last: int) -> None:
+    def send(self, first: int, last: int, body: bytes = b"body") -> None:
         for number in range(first, last + 1):
-            publication: Any = Sent(number, self.outcomes)
+            publication: Any = Sent(number, self.outcomes, body)
             self.channel.send(publication)
 
     @property
@@ -158,6 +158,19 @@ async def test_what_is_much_goes_out_in_pieces() -> None:
     assert line.sizes == [A_WRITE] * 3 + [10]
     await asyncio.sleep(0)
     assert len(line.sizes) == 4, "and nothing empty"
+
+
+@pytest.mark.parametrize("size", [_LARGE, 3 * DEFAULT_FRAME_MAX])
+async def test_a_large_body_goes_out_at_once(size: int) -> None:
+    """With what was published before it; what comes after it does not wait for more of its kind."""
+    line = Line()
+    line.send(1, 2)
+    line.send(3, 4, bytes(size))
+    assert line.sizes == [3, 1]
+    line.send(5, 5, bytes(_LARGE - 1))
+    assert line.sizes == [3, 1]
+    await asyncio.sleep(0)
+    assert line.sizes == [3, 1, 1]
 
 
 def message_ids(data: bytes) -> list[str]:

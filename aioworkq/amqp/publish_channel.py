@@ -39,6 +39,8 @@ _NUMBER_HEADER: Final = "x-aioworkq-publish-number"
 _PIECE: Final = 128 * 6
 """So many parts of frames, those of 128 small messages, do not wait for the end of a step: RabbitMQ
 works on them meanwhile."""
+_LARGE: Final = 64 * 1024
+"""Nor does a body of so many bytes: several together are more than a processor's cache holds."""
 NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
@@ -90,7 +92,7 @@ class AmqpPublishChannel:
         if not self._lost.is_set():
             self._buffer += frames
             self._writer.wake()
-            if len(self._buffer) >= _PIECE:
+            if len(self._buffer) >= _PIECE or len(wire.body) >= _LARGE:
                 self._writer.push()
 
     def _with_number(self, publication: Publication, number: int) -> Wire:
