@@ -291,8 +291,7 @@ class Outbox:
             self.confirmed += 1
             message = publication.message
             self._taking.add(message.exchange or message.queue)
-            self._resolve(publication)
-            publication.done(None)
+            self._finish(publication, None)
         elif confirm is Confirm.NACK and self._may_lack_leader(publication):
             publication.is_refused = True
             self._again.append(publication)
