@@ -137,7 +137,8 @@ class Message(Struct, eq=False):
         queue: The queue that it is meant for, or came from.
         exchange: Where it is published to; empty for the default exchange, which takes a queue's
             name as the routing key.
-        routing_key: What the exchange routes by; the queue's name unless given.
+        routing_key: What the exchange routes by. Empty where it was given none, and then it is
+            published with the queue's name.
         headers: Values are str, int, float, bool, None, bytes, datetime, Decimal, and lists and
             dicts of them.
         expiration: Seconds after which the broker may drop or dead-letter it; None for never.
@@ -161,10 +162,6 @@ class Message(Struct, eq=False):
     app_id: str | None = None
     reply_to: str | None = None
 
-    def __post_init__(self) -> None:
-        if not self.routing_key:
-            self.routing_key = self.queue
-
     def copy_to(self, queue: str, headers: dict[str, Any]) -> Message:
         """Return a persistent copy for another queue, or for the same one, with these headers.
 
@@ -175,6 +172,7 @@ class Message(Struct, eq=False):
         return Message(
             body=self.body,
             queue=queue,
+            routing_key=queue,
             message_id=self.message_id,
             correlation_id=self.correlation_id,
             content_type=self.content_type,

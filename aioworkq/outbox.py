@@ -55,6 +55,8 @@ _DRAIN_TIMEOUT: Final = 1.0
 _BLOCKED_POLL: Final = 0.25
 _BLOCKED_REASON: Final = "RabbitMQ blocks publishers (memory or disk alarm)"
 _CLOSED_REASON: Final = "the producer was closed"
+_ACK: Final = Confirm.ACK
+"""To look up a member of an Enum takes 80 ns before Python 3.12."""
 
 
 class Publication(Struct, eq=False):
@@ -232,18 +234,22 @@ class Outbox:
                 self._refusal() or self._never_sent(publication.message, _CLOSED_REASON),
             )
             return
+        if not self._pending:
+            self._get_busy()
         self._pending[publication] = None
-        self._idle.clear()
         if self._timer is None or publication.deadline < self._timer_at:
             self._arm(publication.deadline)
         if self._channel is None or self._waiting or not self._has_room(publication):
             self._waiting[publication] = None
         else:
             self._send(self._channel, publication)
+
+    def _get_busy(self) -> None:
+        """See to what goes on while anything is pending."""
+        self._idle.clear()
         if self._blocked_timer is None:
             self._blocked_timer = self.loop.call_later(_BLOCKED_POLL, self._watch_blocked)
-        if self._task is None:
-            self.start()
+        self.start()
 
     def take_back(self, publication: Publication) -> None:
         """Forget a publication, its ``done`` included: not sent yet, it never will be."""
@@ -287,7 +293,7 @@ class Outbox:
         if publication.is_resolved:
             self._abandoned -= 1
             self._abandoned_bytes -= publication.size
-        elif confirm is Confirm.ACK:
+        elif confirm is _ACK:
             self.confirmed += 1
             message = publication.message
             self._taking.add(message.exchange or message.queue)

@@ -122,10 +122,10 @@ def test_any_properties_make_the_round_trip(names: set[str]) -> None:
 
 
 def test_an_empty_message_makes_the_round_trip() -> None:
-    """No body frame, no optional property, persistent all the same."""
+    """No body frame, no optional property, persistent all the same, and by its queue's name."""
     message = round_trip(Message(b"", "queue"))
     assert message.persistent
-    assert fields(message) == fields(Message(b"", "queue"))
+    assert fields(message) == fields(Message(b"", "queue", routing_key="queue"))
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

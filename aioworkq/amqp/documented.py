@@ -128,7 +128,7 @@ class DocumentedPublishChannel(AmqpPublishChannel):
             await self._channel.basic_publish(
                 message.body,
                 exchange=message.exchange,
-                routing_key=message.routing_key,
+                routing_key=message.routing_key or message.queue,
                 properties=_Properties(wire.header[12:], message_id),
                 mandatory=True,
             )

@@ -41,6 +41,8 @@ _PIECE: Final = 128 * 6
 works on them meanwhile."""
 _LARGE: Final = 64 * 1024
 """Nor does a body of so many bytes: several together are more than a processor's cache holds."""
+_ACK: Final = Confirm.ACK
+"""To look up a member of an Enum takes 80 ns before Python 3.12."""
 NEGATIVE: Final = "RabbitMQ sent a negative confirm"
 
 
@@ -107,7 +109,7 @@ class AmqpPublishChannel:
         return payload
 
     def _on_confirm(self, last: int, multiple: bool, is_ack: bool) -> None:  # noqa: FBT001 - of Tap
-        confirm = Confirm.ACK if is_ack else Confirm.NACK
+        confirm = _ACK if is_ack else Confirm.NACK
         if not multiple:
             self._settle(last, confirm)
             return
@@ -131,7 +133,7 @@ class AmqpPublishChannel:
         if returned is not None:
             publication.settle(Confirm.RETURNED, returned)
         else:
-            publication.settle(confirm, "" if confirm is Confirm.ACK else NEGATIVE)
+            publication.settle(confirm, "" if confirm is _ACK else NEGATIVE)
 
     def _on_return(self, content: Content) -> None:
         message = message_of(content.properties, b"", queue="", exchange="", routing_key="")

@@ -55,7 +55,7 @@ _REQUEUE_OF_REJECT: Final = 1
 _REQUEUE_OF_NACK: Final = 2
 
 
-class Wire(Struct, frozen=True):
+class Wire(Struct, frozen=True, gc=False):
     """A publication without its channel number: the payloads of its frames."""
 
     method: bytes
@@ -111,7 +111,7 @@ def encode(message: Message, *, frame_max: int, max_message_size: int) -> Wire:
             "Store large data elsewhere and publish a reference, or raise max_message_size here "
             "and max_message_size in RabbitMQ.",
         )
-    method = _publish(message.exchange, message.routing_key)
+    method = _publish(message.exchange, message.routing_key or message.queue)
     header = _content_header(message)
     if len(header) + _FRAME_OVERHEAD > frame_max:
         raise ValueError(too_large_header(len(header), frame_max))

@@ -172,6 +172,8 @@ class Node:
         Raises:
             Refusal: Its exchange does not exist.
         """
+        if not message.routing_key:
+            message = structs.replace(message, routing_key=message.queue)
         queues = self._route(message.exchange, message.routing_key)
         if not queues:
             return Published(Confirm.RETURNED, "312 NO_ROUTE")
