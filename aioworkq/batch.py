@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
@@ -97,6 +98,9 @@ class Batch(Generic[T]):
         delay: Seconds that each message waits in the broker first.
         at: When they shall arrive: then the delay of those that come later is shorter.
         timeout: Seconds that each message has.
+
+    Attributes:
+        report: What became of the messages so far. Failures are logged, too, when it is left.
     """
 
     def __init__(
@@ -118,14 +122,15 @@ class Batch(Generic[T]):
         self._at = at
         self._timeout = timeout
         self._loop = asyncio.get_running_loop()
-        self._report = PublishReport()
+        self.report = PublishReport()
         self._can_declare = queue.declare or delay > 0
         self._position = 0
         self._under_way: dict[int, _Member] = {}
         self._bytes_under_way = 0
         self._wanted_room = 0
         self._has_room = asyncio.Event()
-        self._again: list[_Member] = []
+        self._again: deque[tuple[_Member, UnroutableError]] = deque()
+        self._publishing_again: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -140,8 +145,11 @@ class Batch(Generic[T]):
             if exc_value is None or isinstance(exc_value, Exception):
                 await self._wait_under_way(0)
         finally:
+            if self._publishing_again is not None:
+                self._publishing_again.cancel()
             for member in self._under_way.values():
                 self._outbox.take_back(member)
+            self._log_failures()
 
     async def publish(self, bodies: Iterable[T] | AsyncIterable[T]) -> None:
         """Publish each body; return when the last one is under way.
@@ -170,7 +178,7 @@ class Batch(Generic[T]):
             or self._delay > 0
             or len(self._under_way) >= self._outbox.window
             or self._bytes_under_way >= self._outbox.window_bytes
-            or bool(self._again)
+            or self._publishing_again is not None
         )
 
     async def _publish_next(self, body: T) -> None:
@@ -202,11 +210,11 @@ class Batch(Generic[T]):
         position = self._position
         self._position += 1
         self._bytes_under_way += len(message.body)
-        self._submit(position, message, wire, deadline, is_second=False)
+        self._submit(position, message, wire, deadline)
 
     def _fail(self, error: Exception) -> None:
         """Note that the next message cannot be sent."""
-        self._report.errors[self._position] = _without_frames(error)
+        self.report.errors[self._position] = _without_frames(error)
         self._position += 1
 
     def _submit(
@@ -216,7 +224,8 @@ class Batch(Generic[T]):
         wire: Any,
         deadline: float,
         *,
-        is_second: bool,
+        is_second: bool = False,
+        maybe_stored: bool = False,
     ) -> None:
         """Hand one message to the outbox."""
         self._under_way[position] = member = _Member(
@@ -228,22 +237,26 @@ class Batch(Generic[T]):
             batch=self,
             position=position,
             is_second=is_second,
+            maybe_stored=maybe_stored,
         )
         self._outbox.submit(member)
 
     def done(self, member: _Member, error: WorkQueueError | None) -> None:
         """Take the outcome of a message, which may be published once more."""
         if error is None:
-            self._report.confirmed += 1
+            self.report.confirmed += 1
             self._leave(member)
         elif isinstance(error, UnroutableError) and self._can_declare and not member.is_second:
-            self._again.append(member)
-            self._has_room.set()
+            self._again.append((member, error))
+            if self._publishing_again is None:
+                self._begin_again()
         else:
             self._give_up(member, error)
 
     def _give_up(self, member: _Member, error: Exception) -> None:
-        self._report.errors[member.position] = _without_frames(error)
+        if isinstance(error, WorkQueueError):
+            error = self._outbox.truth(member, error)
+        self.report.errors[member.position] = _without_frames(error)
         self._leave(member)
 
     def _leave(self, member: _Member) -> None:
@@ -262,44 +275,65 @@ class Batch(Generic[T]):
             await self._wait_under_way(window // 2)
         while self._bytes_under_way >= window_bytes:
             await self._wait_under_way(len(self._under_way) - 1)
-        if self._again:
-            await self._publish_again()
+        if self._publishing_again is not None:  # the queue does not exist yet
+            await asyncio.wait({self._publishing_again})
 
     async def _wait_under_way(self, number: int) -> None:
         self._wanted_room = number
         while len(self._under_way) > number:
-            if self._again:
-                await self._publish_again()
-                continue
             self._has_room.clear()
             await self._has_room.wait()
 
+    def _begin_again(self) -> None:
+        """See to it that what was returned is published again, before the next body comes."""
+        work = self._publish_again()
+        self._publishing_again = self._loop.create_task(work, name="aioworkq declares")
+        self._publishing_again.add_done_callback(self._end_again)
+
+    def _end_again(self, task: asyncio.Task[None]) -> None:
+        self._publishing_again = None
+        if task.cancelled() or task.exception() is not None:  # cancelled perhaps before it began
+            while self._again:
+                self._give_up(*self._again.popleft())
+        elif self._again:
+            self._begin_again()
+
     async def _publish_again(self) -> None:
         """Publish what was returned because a queue had been deleted, after declaring it anew."""
-        again, self._again = self._again, []
-        self._producer.forget(self._queue)
-        for member in again:
-            message = member.message
-            try:
-                await self._make_way(message, member.deadline)
-                wire = self._outbox.connection.prepare(message)
-            except Exception as exc:  # a defect, too: somebody waits for each of them
-                self._give_up(member, exc)
-            else:
-                self._submit(member.position, message, wire, member.deadline, is_second=True)
+        with self._outbox.expecting():
+            while self._again:
+                self._producer.forget(self._queue)
+                for _ in range(len(self._again)):
+                    await self._publish_second(self._again[0][0])
+                    self._again.popleft()
+
+    async def _publish_second(self, member: _Member) -> None:
+        message = member.message
+        try:
+            await self._make_way(message, member.deadline)
+            wire = self._outbox.connection.prepare(message)
+        except Exception as exc:  # a defect, too: somebody waits for each of them
+            self._give_up(member, exc)
+            return
+        self._submit(
+            member.position,
+            message,
+            wire,
+            member.deadline,
+            is_second=True,
+            maybe_stored=member.was_unanswered,
+        )
 
     async def _make_way(self, message: Message, deadline: float) -> None:
+        delay = self._delay if self._at is None else self._producer.seconds_until(self._at)
+        if not delay:  # not through the delay queues any more
+            message.exchange, message.routing_key = "", self._queue.name
         with self._outbox.expecting():
-            await self._producer.make_way(
-                self._queue,
-                deadline,
-                message=message,
-                delay=self._delay if self._at is None else self._producer.seconds_until(self._at),
-            )
+            await self._producer.make_way(self._queue, deadline, message=message, delay=delay)
 
-    def finish(self) -> PublishReport:
-        """Return the report; failures are logged, so that nobody has to look to hear of them."""
-        report = self._report
+    def _log_failures(self) -> None:
+        """Log that some failed, so that nobody has to look at the report to hear of it."""
+        report = self.report
         if report.errors:
             first = min(report.errors)
             _log.warning(
@@ -310,7 +344,6 @@ class Batch(Generic[T]):
                 first,
                 report.errors[first],
             )
-        return report
 
 
 def _without_frames(error: Exception) -> Exception:

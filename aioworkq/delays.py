@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakValueDictionary
 
-from aioworkq.delay import Route, arrival, destination_declarations, level_declarations, route
+from aioworkq.delay import arrival, destination_declarations, level_declarations, route
 from aioworkq.topology import refuses_when_full
 
 if TYPE_CHECKING:
     from aioworkq.broker import Connection
     from aioworkq.message import Message
-    from aioworkq.topology import Declaration, Queue
+    from aioworkq.topology import Queue
 
 _BOUND_FOR: Final = 5.0
 """A destination is bound again after so many seconds: it may have been deleted and made anew."""
@@ -28,7 +29,8 @@ class DelayQueues:
         self._connection = connection
         self._level = -1
         self._bound: dict[str, float] = {}
-        self._lock = asyncio.Lock()
+        self._levels = asyncio.Lock()
+        self._ends: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def send_off(
         self, message: Message, delay: float, queue: Queue[Any], *, timeout: float
@@ -47,11 +49,15 @@ class DelayQueues:
         """
         end = _end(queue)
         way = route(end, delay)
-        async with self._lock:
-            needed = self._needed(way, queue.name, end)
-            if needed:
-                await self._connection.declare(needed, timeout=timeout)
+        async with self._levels:
+            if way.level > self._level:
+                await self._connection.declare(level_declarations(way.level), timeout=timeout)
                 self._level = max(self._level, way.level)
+        # One that hangs holds up nobody else.
+        async with self._ends.setdefault(end, asyncio.Lock()):
+            if not self._is_bound(end):
+                needed = destination_declarations(queue.name, may_refuse=end != queue.name)
+                await self._connection.declare(needed, timeout=timeout)
                 self._bound[end] = _now()
         message.exchange, message.routing_key = way.exchange, way.routing_key
 
@@ -59,18 +65,13 @@ class DelayQueues:
         """Address a message, and return True, if nothing has to be declared for it."""
         end = _end(queue)
         way = route(end, delay)
-        if self._needed(way, queue.name, end):
+        if way.level > self._level or not self._is_bound(end):
             return False
         message.exchange, message.routing_key = way.exchange, way.routing_key
         return True
 
-    def _needed(self, way: Route, name: str, end: str) -> list[Declaration]:
-        needed: list[Declaration] = []
-        if way.level > self._level:
-            needed += level_declarations(way.level)
-        if _now() - self._bound.get(end, -_BOUND_FOR) >= _BOUND_FOR:
-            needed += destination_declarations(name, may_refuse=end != name)
-        return needed
+    def _is_bound(self, end: str) -> bool:
+        return _now() - self._bound.get(end, -_BOUND_FOR) < _BOUND_FOR
 
     def forget(self) -> None:
         """Declare everything again: something of it was found missing."""

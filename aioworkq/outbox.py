@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import random
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, Final
@@ -52,8 +53,11 @@ _FAILOVER: Final = 10.0
 """Seconds after a reconnect in which a queue that takes nothing may be one without a leader."""
 _REFUSED_PAUSE: Final = 0.1
 _DRAIN_TIMEOUT: Final = 1.0
-_BLOCKED_POLL: Final = 0.25
+_STUCK: Final = 5.0
+"""Seconds without any answer to what nobody waits for any more, while others want its place."""
+_WATCH_POLL: Final = 0.25
 _BLOCKED_REASON: Final = "RabbitMQ blocks publishers (memory or disk alarm)"
+_UNANSWERED: Final = ", and an earlier sending was never answered"
 _CLOSED_REASON: Final = "the producer was closed"
 _ACK: Final = Confirm.ACK
 """To look up a member of an Enum takes 80 ns before Python 3.12."""
@@ -87,9 +91,14 @@ class Publication(Struct, eq=False):
     is_suspect: bool = False
 
     @property
+    def was_unanswered(self) -> bool:
+        """Whether it was sent before without an answer."""
+        return self.maybe_stored or self.is_suspect
+
+    @property
     def is_in_doubt(self) -> bool:
         """Whether it was sent, now or before, without an answer."""
-        return self.is_sent or self.maybe_stored or self.is_suspect
+        return self.is_sent or self.was_unanswered
 
     def settle(self, confirm: Confirm, reason: str) -> None:
         """Take the channel's answer."""
@@ -137,8 +146,10 @@ class Outbox:
         self._sent = 0
         self._sent_bytes = 0
         self._is_pumping = False
+        self._is_pump_due = False
         self._abandoned = 0
         self._abandoned_bytes = 0
+        self._stuck_since = math.inf
         self._suspects: set[Publication] = set()
         self._taking: set[str] = set()
         self._again: list[Publication] = []
@@ -150,7 +161,7 @@ class Outbox:
         self._refused: ConnectionLostError | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._blocked_timer: asyncio.TimerHandle | None = None
+        self._watch_timer: asyncio.TimerHandle | None = None
         self._was_blocked = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -195,8 +206,7 @@ class Outbox:
     def start(self) -> None:
         """Begin to connect, if that has not begun yet."""
         if self._task is None and not self._is_closed:
-            loop = asyncio.get_running_loop()
-            self._task = loop.create_task(self._run(), name="aioworkq publishes")
+            self._task = self.loop.create_task(self._run(), name="aioworkq publishes")
 
     async def publish(self, message: Message, wire: Any, *, deadline: float) -> None:
         """Publish one message and wait for its confirm.
@@ -247,14 +257,30 @@ class Outbox:
     def _get_busy(self) -> None:
         """See to what goes on while anything is pending."""
         self._idle.clear()
-        if self._blocked_timer is None:
-            self._blocked_timer = self.loop.call_later(_BLOCKED_POLL, self._watch_blocked)
+        if self._watch_timer is None:
+            self._watch_timer = self.loop.call_later(_WATCH_POLL, self._watch)
         self.start()
 
     def take_back(self, publication: Publication) -> None:
         """Forget a publication, its ``done`` included: not sent yet, it never will be."""
         if not publication.is_resolved:
             self._resolve(publication)
+            self._rest_if_idle()
+            self._pump_soon()
+
+    def _pump_soon(self) -> None:
+        """Send what waits behind something that was given up.
+
+        Not at once: what waits may be given up in the same step.
+        """
+        if self._waiting and not self._is_pump_due:
+            self._is_pump_due = True
+            self.loop.call_soon(self._pump_due)
+
+    def _pump_due(self) -> None:
+        self._is_pump_due = False
+        if self._channel is not None:
+            self._pump(self._channel)
 
     def _pump(self, channel: PublishChannel) -> None:
         """Send what waits, as far as the window has room."""
@@ -293,6 +319,7 @@ class Outbox:
         if publication.is_resolved:
             self._abandoned -= 1
             self._abandoned_bytes -= publication.size
+            self._stuck_since = math.inf
         elif confirm is _ACK:
             self.confirmed += 1
             message = publication.message
@@ -346,19 +373,26 @@ class Outbox:
         publication: Publication,
         confirm: Confirm,
         reason: str,
-        *,
-        is_refusal: bool = False,
     ) -> WorkQueueError:
         message = publication.message
         if confirm is Confirm.RETURNED:
             self.unroutable += 1
             return UnroutableError(message.message_id, queue=message.queue, reason=reason)
-        # What is refused now, alone, was refused in the company that made it suspect.
-        if publication.maybe_stored or (publication.is_suspect and not is_refusal):
-            reason = f"{reason}, and an earlier sending was never answered"
-            return self._unknown(message, reason)
+        if publication.was_unanswered:
+            return self._unknown(message, reason + _UNANSWERED)
         self.not_confirmed += 1
         return NotConfirmedError(message.message_id, queue=message.queue, reason=reason)
+
+    def truth(self, publication: Publication, error: WorkQueueError) -> WorkQueueError:
+        """Return what is true of a publication that failed, or was returned and not sent again.
+
+        An error that says that nothing is stored is not, if it was sent before and never answered.
+        """
+        if not publication.was_unanswered or isinstance(error, OutcomeUnknownError):
+            return error
+        return self._unknown(
+            publication.message, getattr(error, "reason", str(error)) + _UNANSWERED
+        )
 
     def _unknown(self, message: Message, reason: str) -> OutcomeUnknownError:
         self.unknown += 1
@@ -373,6 +407,8 @@ class Outbox:
     def _finish(self, publication: Publication, error: WorkQueueError | None) -> None:
         self._resolve(publication)
         publication.done(error)
+        # Only then: who publishes it once more says so before `flush` looks.
+        self._rest_if_idle()
 
     def _resolve(self, publication: Publication) -> None:
         publication.is_resolved = True
@@ -384,6 +420,8 @@ class Outbox:
             self._waiting.pop(publication, None)
         if publication.is_suspect:
             self._suspects.discard(publication)
+
+    def _rest_if_idle(self) -> None:
         if not self._pending and not self._expected:
             self._idle.set()
 
@@ -396,8 +434,7 @@ class Outbox:
             yield
         finally:
             self._expected -= 1
-            if not self._pending and not self._expected:
-                self._idle.set()
+            self._rest_if_idle()
 
     def _arm(self, deadline: float) -> None:
         """Have `_expire` called at the earliest deadline, with one timer for all of them."""
@@ -417,24 +454,40 @@ class Outbox:
         for publication in [one for one in self._pending if one.deadline <= now]:
             unanswered |= publication.is_sent
             self._finish(publication, self._overdue(publication, blocked=blocked))
-        if unanswered and not blocked:
-            self._renew_if_stuck()
+        if unanswered and not blocked and (self._suspects or self._holds_half()):
+            self._renew()
+        self._pump_soon()
         if self._pending:
             next_deadline = min(publication.deadline for publication in self._pending)
             self._arm(max(next_deadline, now + _EXPIRE_PAUSE * len(self._pending)))
 
-    def _renew_if_stuck(self) -> None:
-        """Have a new channel opened once half the window is held by what nobody waits for any more.
+    def _holds_half(self) -> bool:
+        """Whether half the window is held by what nobody waits for any more.
 
         A queue that never confirms (its leader is gone) must not take the window from the others.
         """
-        is_stuck = (
-            self._suspects
-            or 2 * self._abandoned >= self._window
-            or 2 * self._abandoned_bytes >= self._window_bytes
+        return (
+            2 * self._abandoned >= self._window or 2 * self._abandoned_bytes >= self._window_bytes
         )
-        if is_stuck and self._renewal is not None:
+
+    def _renew(self) -> None:
+        """Have a new channel opened in place of this one."""
+        if self._renewal is not None:
             self._renewal.cancel()
+
+    def _renew_if_stuck(self) -> None:
+        """Look whether those that wait will ever have the place of what was given up.
+
+        What was cancelled has no deadline any more by which that would be noticed.
+        """
+        now = self.loop.time()
+        if not self._waiting or not self._holds_half():
+            self._stuck_since = math.inf
+        elif self._stuck_since == math.inf:
+            self._stuck_since = now
+        elif now - self._stuck_since >= _STUCK:
+            self._stuck_since = math.inf
+            self._renew()
 
     def _overdue(self, publication: Publication, *, blocked: bool) -> WorkQueueError:
         reason = _CLOSED_REASON if self._is_closed else _BLOCKED_REASON if blocked else ""
@@ -453,9 +506,9 @@ class Outbox:
             reason = reason or "the window of unconfirmed messages stayed full"
         return self._never_sent(publication.message, reason or self._connection.last_error)
 
-    def _watch_blocked(self) -> None:
-        """Look for an alarm while somebody waits: aiormq tells of it only when asked."""
-        self._blocked_timer = None
+    def _watch(self) -> None:
+        """Look for an alarm, of which aiormq tells only when asked, and for a stuck window."""
+        self._watch_timer = None
         blocked = self._connection.is_blocked
         if blocked and not self._was_blocked:
             _log.warning(
@@ -466,9 +519,13 @@ class Outbox:
         elif self._was_blocked and not blocked and self._connection.is_connected:
             _log.warning("RabbitMQ takes messages again: its alarm has ended.")
         self._was_blocked = blocked
+        if blocked:
+            self._stuck_since = math.inf
+        else:
+            self._renew_if_stuck()
         if self._pending or blocked:
             loop = asyncio.get_running_loop()
-            self._blocked_timer = loop.call_later(_BLOCKED_POLL, self._watch_blocked)
+            self._watch_timer = loop.call_later(_WATCH_POLL, self._watch)
 
     async def _run(self) -> None:
         """Keep one confirm channel open."""
@@ -525,7 +582,10 @@ class Outbox:
         if refusal is not None and len(left) == 1:
             # The broker closed the channel for what was on it, and there was one message only.
             for culprit in again:
-                self._finish(culprit, self._error_of(culprit, refusal, reason, is_refusal=True))
+                # Then it was refused in the company that made it suspect, too.
+                self._suspects.discard(culprit)
+                culprit.is_suspect = False
+                self._finish(culprit, self._error_of(culprit, refusal, reason))
             return
         for publication in reversed(again):
             if refusal is None:
@@ -605,7 +665,7 @@ class Outbox:
             blocked = self._connection.is_blocked
             for publication in list(self._pending):
                 self._finish(publication, self._overdue(publication, blocked=blocked))
-            for timer in (self._timer, self._blocked_timer, self._retirement):
+            for timer in (self._timer, self._watch_timer, self._retirement):
                 if timer is not None:
                     timer.cancel()
             loop = asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from aioworkq.errors import (
     ConnectionLostError,
     StateError,
     UnroutableError,
+    WorkQueueError,
     check_number,
     is_whole,
 )
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from aioworkq.memory import MemoryBroker
+    from aioworkq.outbox import Publication
 
 T = TypeVar("T")
 
@@ -245,14 +247,32 @@ class Producer:
         except asyncio.CancelledError:
             outbox.take_back(publication)
             raise
-        except UnroutableError:
-            if not (queue.declare or seconds):
-                raise
-            self.forget(queue)
-            with outbox.expecting():
-                await self.make_way(queue, deadline, message=message, delay=seconds)
-            await outbox.publish(message, self._connection.prepare(message), deadline=deadline)
+        except UnroutableError as exc:
+            try:
+                await self._publish_again(publication, queue, seconds, exc)
+            except WorkQueueError as error:
+                truth = outbox.truth(publication, error)
+                if truth is error:
+                    raise
+                raise truth from error
         return message.message_id
+
+    async def _publish_again(
+        self, returned: Publication, queue: Queue[Any], delay: float, error: UnroutableError
+    ) -> None:
+        """Publish once more what was returned, after declaring what is missing.
+
+        Raises:
+            UnroutableError: Nothing is declared here.
+        """
+        outbox, message = returned.outbox, returned.message
+        if not (queue.declare or delay):
+            raise error
+        self.forget(queue)
+        with outbox.expecting():
+            await self.make_way(queue, returned.deadline, message=message, delay=delay)
+        wire = self._connection.prepare(message)
+        await outbox.publish(message, wire, deadline=returned.deadline)
 
     async def publish_many(
         self,
@@ -314,7 +334,7 @@ class Producer:
             self, outbox, queue, message_of, delay=seconds, at=at, timeout=wait
         ) as batch:
             await batch.publish(bodies)
-        return batch.finish()
+        return batch.report
 
     def seconds_until(self, at: datetime) -> float:
         """Return the delay that is left until then. For `Batch` too."""

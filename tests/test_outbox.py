@@ -163,6 +163,21 @@ async def test_what_is_taken_back_before_it_is_sent_never_is(
         assert await broker.ready(line.queue) == 11
 
 
+async def test_what_is_behind_the_given_up_is_sent(line: Line, proxy: Proxy) -> None:
+    """There is no room for the one in front: once that is cancelled, or late, there may be some."""
+    proxy.stall(to_broker=False)
+    line.submit(size=400)
+    for give_up in (line.outbox.take_back, lambda _: None):
+        large = line.submit(size=900, timeout=0.2)
+        line.submit(size=1)
+        in_flight = line.outbox.in_flight
+        give_up(large)
+        await eventually(lambda sent=in_flight: line.outbox.in_flight == sent + 1)
+    proxy.flow()
+    assert await line.outbox.flush(timeout=20)
+    assert [line.errors.get(number) for number in (0, 2, 4)] == [None] * 3
+
+
 async def test_an_outage_does_not_fill_the_memory(line: Line, proxy: Proxy) -> None:
     """What was cancelled or came to its deadline is forgotten, before any connection returns."""
     proxy.refuse()

@@ -66,6 +66,8 @@ _AT_A_TIME: Final = 8
 """So many queues are declared, or consumed from, at a time. aiormq's queue of what is to be written
 has room for ten frames, and where it is full, the answer to a Channel.Close is dropped without a
 word: RabbitMQ then closes the connection when the channel's number is used again."""
+_TURN: Final = 2.0
+"""Seconds until it is the next one's turn, if the broker does not answer: nothing is written."""
 
 
 class AmqpConnection:
@@ -414,15 +416,41 @@ class AmqpConnection:
         cancelled call, and where that crosses the broker's own Channel.Close, by which it tells of
         a missing queue, RabbitMQ closes the connection (504 CHANNEL_ERROR).
         """
+        end_turn = await self._take_turn()
         task = self._go_on(self._declare(tuple(declarations), timeout=timeout))
+        task.add_done_callback(lambda _: end_turn())
         await asyncio.wait({task})
         task.result()
 
-    async def _declare(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
-        async with self._turns:
-            await self._declare_now(declarations, timeout=timeout)
+    async def _take_turn(self) -> Callable[[], None]:
+        """Wait until few others are declaring or subscribing.
 
-    async def _declare_now(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
+        Returns:
+            What ends the turn, which else ends by itself after a while: queues that hang, because
+            their node does, must not keep others from being declared or consumed from.
+        """
+        await self._turns.acquire()
+        loop = asyncio.get_running_loop()
+        timer: asyncio.TimerHandle | None = None
+
+        def end() -> None:
+            nonlocal timer
+            if timer is not None:
+                timer.cancel()
+                timer = None
+                self._turns.release()
+
+        def end_in_time() -> None:
+            nonlocal timer
+            if self._link is not None and self._link.is_full:  # nobody at all is heard
+                timer = loop.call_later(_TURN, end_in_time)
+            else:
+                end()
+
+        timer = loop.call_later(_TURN, end_in_time)
+        return end
+
+    async def _declare(self, declarations: tuple[Declaration, ...], *, timeout: float) -> None:
         what = "declaring queues"
         channel: AbstractChannel | None = None
         try:
@@ -510,13 +538,16 @@ class AmqpConnection:
         timeout: float,
     ) -> AmqpSubscription:
         """Open a channel and consume from a queue; see the protocol."""
-        async with self._turns:
+        end_turn = await self._take_turn()
+        try:
             return await self._subscribe(
                 queue,
                 prefetch_count=prefetch_count,
                 on_delivery=on_delivery,
                 timeout=timeout,
             )
+        finally:
+            end_turn()
 
     async def _subscribe(
         self,

@@ -26,7 +26,7 @@ from tests.proxy import Proxy
 from tests.publishing import is_cut_off, memory_alarm, no_complaints
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 
     from aioworkq.testing import RabbitMQ
 
@@ -249,32 +249,76 @@ async def test_a_refusal_after_a_lost_confirm_is_an_unknown_outcome(
         assert await bodies(broker, queue) == {b"x": 1}
 
 
+@contextlib.asynccontextmanager
+async def hanging(rabbitmq: RabbitMQ, vhost: str, queue: Queue[bytes]) -> AsyncGenerator[None]:
+    """Suspend the process of a queue, as if its node did not answer."""
+    leader = (
+        f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{vhost}">>, queue, '
+        f'<<"{queue.name}">>)), sys:{{}}(amqqueue:get_pid(Q))'
+    )
+    await rabbitmq.eval(leader.replace("{}", "suspend"))
+    try:
+        yield
+    finally:
+        await rabbitmq.eval(leader.replace("{}", "resume"))
+
+
+async def overdue(producer: Producer, queue: Queue[bytes]) -> None:
+    """Publish what nobody confirms, until it is too late."""
+    with pytest.raises(OutcomeUnknownError):
+        await producer.publish(queue, b"x", timeout=0.5)
+
+
+async def cancelled(producer: Producer, queue: Queue[bytes]) -> None:
+    """Publish what nobody confirms, until somebody else cancels it."""
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.5):
+            await producer.publish(queue, b"x")
+
+
+@pytest.mark.parametrize("give_up", [overdue, cancelled])
 async def test_a_queue_that_never_confirms_does_not_stop_the_others(
-    url: str, rabbitmq: RabbitMQ, broker: Broker, queue_name: str
+    url: str,
+    rabbitmq: RabbitMQ,
+    broker: Broker,
+    queue_name: str,
+    give_up: Callable[[Producer, Queue[bytes]], Coroutine[Any, Any, None]],
 ) -> None:
     """A quorum queue whose leader hangs fills the window; a new channel gives the room back."""
     hung, fine = Queue(queue_name, bytes), Queue(f"{queue_name}.fine", bytes, type="classic")
-    leader = (
-        f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"{queue_name}">>, queue, '
-        f'<<"{queue_name}">>)), sys:{{}}(amqqueue:get_pid(Q))'
-    )
     async with Producer(url, window=8) as producer:
         await producer.publish(hung, b"x")
         await producer.publish(fine, b"x")
-        await rabbitmq.eval(leader.replace("{}", "suspend"))
-        try:
-            results = await asyncio.gather(
-                *(producer.publish(hung, b"x", timeout=0.5) for _ in range(8)),
-                return_exceptions=True,
-            )
-            assert {type(result) for result in results} == {OutcomeUnknownError}
+        async with hanging(rabbitmq, queue_name, hung):
+            await asyncio.gather(*(give_up(producer, hung) for _ in range(8)))
+            assert producer.statistics().in_flight in {0, 8}
             for _ in range(20):
                 await producer.publish(fine, b"x")
-        finally:
-            await rabbitmq.eval(leader.replace("{}", "resume"))
         assert await broker.ready(fine.name) == 21
         assert producer.statistics().reconnects == 0
         await producer.publish(hung, b"again")
+
+
+@pytest.mark.parametrize("delay", [None, 0.01])
+async def test_a_queue_that_hangs_keeps_no_other_from_being_declared(
+    url: str, rabbitmq: RabbitMQ, broker: Broker, queue_name: str, delay: float | None
+) -> None:
+    """Looking for it has no answer, and goes on when its publishers have given up."""
+    hung, fine = (
+        Queue(f"{queue_name}.{name}", bytes, type="classic", max_length=9)
+        for name in ("hung", "fine")
+    )
+    async with Producer(url) as producer:
+        await producer.publish(hung, b"x")
+    async with Producer(url) as producer:
+        await producer.publish(queue_name, b"x", delay=delay)
+        async with hanging(rabbitmq, queue_name, hung):
+            for _ in range(12):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await producer.publish(hung, b"x", delay=delay)
+            await producer.publish(fine, b"x", delay=delay, timeout=10)
+        await eventually(lambda: _has(broker, fine, 1))
 
 
 # What RabbitMQ refuses by closing the channel
@@ -323,6 +367,33 @@ async def test_a_refused_message_harms_none_of_its_neighbours(
         stored = await bodies(broker, queue)
         assert len(stored) == statistics.confirmed
         assert max(map(len, stored)) < 100
+
+
+@pytest.mark.usefixtures("small_messages")
+@pytest.mark.parametrize("give_up", [overdue, cancelled])
+async def test_a_suspect_that_is_given_up_holds_up_nobody(
+    url: str,
+    rabbitmq: RabbitMQ,
+    queue: Queue[bytes],
+    queue_name: str,
+    give_up: Callable[[Producer, Queue[bytes]], Coroutine[Any, Any, None]],
+) -> None:
+    """What was beside a refused message is sent alone: those behind it do not wait for ever."""
+    hung = Queue(f"{queue_name}.hung", bytes, type="classic")
+    async with Producer(url) as producer:
+        await producer.publish(queue, b"first")
+        await producer.publish(hung, b"first")
+        async with hanging(rabbitmq, queue_name, hung), asyncio.TaskGroup() as tasks:
+            big = tasks.create_task(refused(producer, queue))
+            tasks.create_task(give_up(producer, hung))
+            await big
+            await asyncio.gather(*(producer.publish(queue, b"x") for _ in range(5)))
+
+
+async def refused(producer: Producer, queue: Queue[bytes]) -> None:
+    """Publish what is too large for RabbitMQ."""
+    with pytest.raises(NotConfirmedError):
+        await producer.publish(queue, b"x" * 150_000)
 
 
 @pytest.mark.usefixtures("small_messages")
