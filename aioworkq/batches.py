@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import anyio
 
-from aioworkq.errors import BatchError
+from aioworkq.errors import BatchError, check_position
 from aioworkq.handler import ThreadCall
 from aioworkq.options import Batching
 from aioworkq.outcome import Ack, Outcome, Requeue, bounded, check_outcome
@@ -72,10 +72,12 @@ class BatchRuns(Runs):
 
     async def _wait_due(self, oldest: Run, seconds: float) -> None:
         """Wait until the delivery that is the oldest now is due; a batch may take it before."""
-        await self._settler.connection.sleep(seconds, until=self._may_go_back)
-        oldest.came = None  # due, even if the time of day was set back meanwhile
-        self._timer = None
-        self.start_waiting()
+        try:
+            await self._settler.connection.sleep(seconds, until=self._may_go_back)
+            oldest.came = None  # due, even if the time of day was set back meanwhile
+        finally:  # whoever cancels tasks that are not his: the batch must not wait for ever
+            self._timer = None
+            self.start_waiting()
 
     def _start_batch(self) -> None:
         runs = [self._unstarted.popleft()]
@@ -163,7 +165,7 @@ class BatchRuns(Runs):
         if isinstance(result, BatchError):
             try:
                 _check_named(result, len(batch))
-            except (TypeError, ValueError) as wrong:
+            except Exception as wrong:  # its class and its values may be anybody's
                 wrong.__cause__ = result
                 result = wrong
         outcomes = self._decide_all(batch, result)
@@ -250,6 +252,7 @@ def _check_named(error: BatchError, size: int) -> None:
         TypeError: A value is no outcome.
     """
     for position, value in error.outcomes.items():
+        check_position(position)
         if position >= size:
             raise ValueError(
                 f"BatchError names the item {position}: the batch has {size}, counted from 0.",

@@ -291,7 +291,7 @@ class BatchError(_Portable):
                 f"{outcomes!r}. Write it as `BatchError({{3: Reject('too old')}})`.",
             ) from exc
         for position, value in self.outcomes.items():
-            _check_position(position)
+            check_position(position)
             if isinstance(value, type | BatchError) or (
                 isinstance(value, BaseException) and not isinstance(value, Exception)
             ):
@@ -306,7 +306,13 @@ class BatchError(_Portable):
         return f"not all of the batch is done: {named or 'no item is named'}."
 
 
-def _check_position(position: object) -> None:
+def check_position(position: object) -> None:
+    """Check that a value can be the position of an item in a batch.
+
+    Raises:
+        TypeError: It is no int.
+        ValueError: It is negative.
+    """
     if not isinstance(position, int) or isinstance(position, bool):
         raise TypeError(
             f"BatchError names the item {position!r}: it must be a position in the list of bodies, "

@@ -264,7 +264,10 @@ def _is_delivery(annotation: Any) -> bool:
 
 def _is_delivery_list(annotation: Any) -> bool:
     if isinstance(annotation, str):
-        return bool(re.fullmatch(r"['\"]?([\w.]+)\[([\w.]+\.)?Delivery\]['\"]?", annotation))
+        members = annotation.strip("'\"").removeprefix("Optional[").split("|")
+        return any(re.fullmatch(r"[\w.]+\[([\w.]+\.)?Delivery\]+", one.strip()) for one in members)
+    if get_origin(annotation) in {Union, types.UnionType}:
+        return any(_is_delivery_list(one) for one in get_args(annotation))
     return get_origin(annotation) in _LISTS and get_args(annotation) == (Delivery,)
 
 

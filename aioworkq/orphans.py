@@ -23,7 +23,7 @@ class Orphans(Generic[U]):
     """A set of runs, each found by its message in no more time when there are many."""
 
     def __init__(self) -> None:
-        self._runs: dict[U, None] = {}
+        self._runs: dict[U, str | bytes] = {}
         self._by_message: dict[str | bytes, dict[U, None]] = {}
 
     def __len__(self) -> int:
@@ -37,15 +37,14 @@ class Orphans(Generic[U]):
 
     def add(self, run: U) -> None:
         """Add a run. Twice harmless."""
-        self._runs[run] = None
-        self._by_message.setdefault(common_key(run.delivery.message), {})[run] = None
+        key = self._runs.setdefault(run, common_key(run.delivery.message))
+        self._by_message.setdefault(key, {})[run] = None
 
     def discard(self, run: U) -> None:
         """Take a run out, if it is in."""
         if run not in self._runs:
             return
-        del self._runs[run]
-        key = common_key(run.delivery.message)
+        key = self._runs.pop(run)
         del self._by_message[key][run]
         if not self._by_message[key]:
             del self._by_message[key]

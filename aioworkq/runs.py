@@ -118,6 +118,9 @@ class Runs:
             self._tasks.guard_in(tasks, on_begin=self.start_waiting, on_end=self._cancel_running)
 
     def _cancel_running(self) -> None:
+        for run in list(self._trying):  # what waits for its trial is not started any more
+            self._trying.pop(run).cancel()
+            self._unstarted.append(run)
         for run in self._running:
             run.life.cancel()
 
@@ -227,6 +230,9 @@ class Runs:
 
         async def process() -> None:
             del self._trying[run]
+            if not self._tasks.is_guarded or self._stopping.is_set():  # meanwhile
+                self._unstarted.append(run)
+                return
             self._take_slot(run)
             await self._process(run)
 

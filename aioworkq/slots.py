@@ -6,10 +6,10 @@ trial of the worker.
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable
 
     from aioworkq.broker import Connection
@@ -72,9 +72,10 @@ class Slots:
         """Let nothing be started for a moment."""
         try:
             await self._connection.sleep(seconds, until=self._may_go_back)
-        finally:
-            self._resting = None
-        self._on_end_of_rest()
+        finally:  # whoever cancels tasks that are not his: the handler must not rest for ever
+            if self._resting is asyncio.current_task():
+                self._resting = None
+                self._on_end_of_rest()
 
     def end_rest(self) -> None:
         """Rest no longer: something succeeded."""

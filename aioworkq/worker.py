@@ -375,11 +375,13 @@ class Worker:
                     for consumer in self._consumers:
                         supervision.start_soon(self._supervise, consumer, handlers)
                     supervision.start_soon(self._announce, task_status)
+                    is_cancelled = True
                     try:
                         await self._stopping.wait()
+                        is_cancelled = False
                     finally:  # cancelled, too: nothing may be started any more
                         self._stopping.set()
-                        await to_the_end(self._stop_consuming())
+                        await to_the_end(self._stop_consuming(flush=not is_cancelled))
                     await self._drain(handlers)
             finally:
                 # Before the supervising tasks end: what they wait for ends with the connection.
@@ -405,16 +407,20 @@ class Worker:
             if task_status is not None:
                 task_status.started()
 
-    async def _stop_consuming(self) -> None:
-        """Take no more deliveries, and let no copy take long. Bounded."""
+    async def _stop_consuming(self, *, flush: bool) -> None:
+        """Take no more deliveries, and let no copy take long. Bounded.
+
+        Args:
+            flush: Whether batches that are not full are started, if there is time for them.
+        """
         self._changes.notify()
         if self._deadline == math.inf:
             self._deadline = anyio.current_time() + self._grace
-        has_grace = self._deadline > anyio.current_time()
+        flush = flush and self._deadline > anyio.current_time()
         async with anyio.create_task_group() as tasks:
             for consumer in self._consumers:
                 consumer.hurry()
-                tasks.start_soon(functools.partial(consumer.stop_consuming, flush=has_grace))
+                tasks.start_soon(functools.partial(consumer.stop_consuming, flush=flush))
 
     async def _drain(self, handlers: TaskGroup) -> None:
         """End what runs.

@@ -7,7 +7,7 @@ import logging
 import pickle
 import threading
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import anyio
 import anyio.lowlevel
@@ -392,6 +392,58 @@ async def test_a_wrong_batch_error_loses_nothing(
     assert all(sentence in error for error in errors)
 
 
+class UnpreparedError(BatchError):
+    """One whose class forgets to call its base."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+
+class Unprintable:
+    """A value that cannot be shown."""
+
+    def __repr__(self) -> str:
+        raise LookupError("no text")
+
+
+def changed(**outcomes: Any) -> BatchError:
+    error = BatchError({})
+    error.outcomes = outcomes.get("instead", {-1: LookupError("the last one")})
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (UnpreparedError(), "has no attribute 'outcomes'"),
+        (changed(instead=None), "has no attribute 'items'"),
+        (changed(), "BatchError names the item -1: positions in the list of bodies count"),
+        (BatchError({0: cast("Any", Unprintable())}), "no text"),
+    ],
+    ids=["of an unprepared class", "without a mapping", "changed afterwards", "unprintable"],
+)
+async def test_a_broken_batch_error_ends_no_worker(
+    memory: MemoryBroker, error: BatchError, sentence: str
+) -> None:
+    """Every message of the batch fails because of it, none is acked, and the worker goes on."""
+    worker = Worker(memory)
+    errors: list[str] = []
+
+    def decide(exc: Exception, delivery: Delivery) -> Outcome:
+        errors.append(str(exc))
+        return DeadLetter("wrong")
+
+    @worker.batch_handler(NUMBERS, max_size=2, on_error=decide)
+    async def handle(numbers: list[int]) -> None:
+        raise error
+
+    async with Producer(memory) as producer:
+        await publish_all(producer, NUMBERS, range(2))
+    drained = await drain(worker)
+    assert (drained.handled, drained.failed, drained.dead_lettered) == (0, 2, 2)
+    assert all(sentence in error for error in errors)
+
+
 def test_a_batch_error_keeps_what_it_was_given() -> None:
     """It can be read, printed and pickled; one that names nothing is allowed."""
     error: BatchError = pickle.loads(  # noqa: S301 - our own bytes
@@ -636,19 +688,26 @@ async def test_a_stop_while_a_batch_runs(
     assert worker.statistics().handled == (3 if grace else 0)
 
 
+@pytest.mark.parametrize("by_task", [False, True])
 async def test_cancelling_the_worker_starts_nothing(
-    broker: Broker, url: str, queue_name: str
+    broker: Broker, url: str, queue_name: str, *, by_task: bool
 ) -> None:
     """Only a stop hands over a last batch: cancelled, the worker gives back what waits."""
     queue = Queue(queue_name, int)
     worker = Worker(url)
     batches = recorded(worker, queue, max_wait=LONG)
+    scope = anyio.CancelScope()
 
-    async with anyio.create_task_group() as tasks, Producer(url) as producer:
-        await tasks.start(worker.run)
+    async def run() -> None:
+        with scope:
+            await worker.run()
+
+    task = asyncio.create_task(run())
+    async with Producer(url) as producer:
         await publish_all(producer, queue, range(5))
         await eventually(lambda: worker.statistics().waiting == 5)
-        tasks.cancel_scope.cancel()
+        (task if by_task else scope).cancel()
+        await asyncio.wait({task})
     assert batches == []
     assert len(await broker.take_all(queue_name)) == 5
 
@@ -983,6 +1042,40 @@ def test_functions_that_are_no_batch_handlers(function: Callable[..., Any], sent
     with pytest.raises(TypeError) as caught:
         worker.batch_handler(Queue("q", str))(function)
     assert sentence in str(caught.value)
+
+
+async def test_deliveries_may_be_asked_for_with_a_default(memory: MemoryBroker) -> None:
+    """So that the function can be called without them, in tests."""
+    worker = Worker(memory)
+    seen: list[str] = []
+
+    @worker.batch_handler(NUMBERS)
+    async def handle(numbers: list[int], deliveries: list[Delivery] | None = None) -> None:
+        seen.extend(delivery.message_id for delivery in deliveries or ())
+
+    def quoted(bodies: list[int], deliveries: list[Delivery] | None = None) -> None: ...
+
+    # As under TYPE_CHECKING, where nothing can be looked up.
+    quoted.__annotations__ = {"bodies": "list[Unknown]", "deliveries": "list[Delivery] | None"}
+    worker.batch_handler(Queue("quoted", int))(quoted)
+    assert worker._handlers["quoted"].delivery_parameter == "deliveries"
+    async with Producer(memory) as producer:
+        ids = [await producer.publish(NUMBERS, number) for number in range(3)]
+    await drain(worker)
+    assert seen == ids
+
+
+async def test_a_wait_that_somebody_cancels_holds_no_batch_up(memory: MemoryBroker) -> None:
+    """The task that waits is named as the handlers' are: an application may cancel it, too."""
+    worker = Worker(memory)
+    batches = recorded(worker, NUMBERS, max_wait=10)
+    async with worker, Producer(memory) as producer:
+        await producer.publish(NUMBERS, 1)
+        await memory.settle()
+        (waits,) = (one for one in asyncio.all_tasks() if "handles" in one.get_name())
+        waits.cancel()
+        await memory.advance(20)
+        assert batches == [[1]]
 
 
 async def test_the_type_of_a_bare_queue_is_that_of_the_items(memory: MemoryBroker) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.from_thread
 import pytest
 
-from aioworkq import Delivery, Producer, Queue, RetryPolicy, Worker
+from aioworkq import Delivery, Producer, Queue, Requeue, RetryPolicy, Worker
 from tests.consuming import (
     PATIENCE,
     Broker,
@@ -166,6 +167,28 @@ async def test_shutdown_is_no_attempt(url: str, queue_name: str, kind: QueueType
             await started.wait()
             worker.stop(grace=0)
     assert attempts == [1, 1, 1]
+
+
+async def test_a_stop_charges_what_failed_once(broker: Broker, url: str, queue_name: str) -> None:
+    """Forty are kept for a pause, which is more than a quorum queue takes back in one command."""
+    worker, queue = Worker(url), Queue(queue_name, int)
+
+    @worker.handler(queue, concurrency=40, slow_down=False, on_error=lambda *_: Requeue(pause=3600))
+    async def handle(_: int) -> None:
+        raise LookupError
+
+    async with worker, Producer(url) as producer:
+        await publish_all(producer, queue, range(40))
+        await eventually(lambda: worker.statistics().failed == 40)
+        await publish_all(producer, queue, range(10))  # no room for them: they stay where they are
+
+    async def are_all_back() -> bool:
+        return await broker.ready(queue_name) == 50
+
+    await eventually(are_all_back)  # RabbitMQ 4.3 may still execute the last returns
+    left = await broker.take_all(queue_name)
+    counts = Counter(headers_of(one).get("x-delivery-count", 0) for one in left)
+    assert counts == {0: 10, 1: 40}
 
 
 @TYPES

@@ -10,6 +10,7 @@ import pytest
 
 from aioworkq import Message, Queue, Worker
 from aioworkq.amqp.subscription import AmqpSubscription
+from aioworkq.amqp.wire import ack_frame
 from aioworkq.broker import Incoming
 from tests.consuming import Broker, eventually, publish_all
 from tests.unwired import Unwired
@@ -90,7 +91,7 @@ STEPS = {
 def subscribed(wire: Unwired, deliveries: int) -> AmqpSubscription:
     """Return a subscription that has got so many deliveries, with tags from 1."""
     subscription = AmqpSubscription(
-        wire.channel, "q", link=wire.link, charges_cancels=False, on_delivery=lambda *_: None
+        wire.channel, "q", link=wire.link, charges_returns=False, on_delivery=lambda *_: None
     )
     for tag in range(1, deliveries + 1):
         subscription.deliver(Incoming(Message(b"", "q"), tag, redelivered=False))
@@ -109,6 +110,45 @@ async def test_what_is_sent_for_what_was_settled(steps: list[Step]) -> None:
         assert subscription.take_settled() == [], "told once"
     settled = {tag for step in steps for tag in (*step.acked, *step.requeued)}
     assert list(subscription._outstanding) == [tag for tag in SIX if tag not in settled]
+
+
+async def test_what_a_cancel_holds_back_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While deliveries land, nothing is told to the broker: nobody may take that for done."""
+    wire, landed = Unwired(), asyncio.Event()
+
+    async def look_for(*_: object, **__: object) -> int:
+        await landed.wait()
+        return 0
+
+    async def answered(*_: object, **__: object) -> None: ...
+
+    monkeypatch.setattr("aioworkq.amqp.subscription.look_for", look_for)
+    monkeypatch.setattr("aioworkq.amqp.subscription.guarded", answered)
+    monkeypatch.setattr("aioworkq.amqp.subscription.close_bounded", answered)
+    wire.channel.basic_cancel = lambda _: None
+    subscription = AmqpSubscription(
+        wire.channel, "q", link=wire.link, charges_returns=True, on_delivery=lambda *_: None
+    )
+    subscription._consumer_tag = "tag"
+    subscription.deliver(Incoming(Message(b"", "q"), 1, redelivered=False))
+    cancel = asyncio.create_task(subscription.cancel(timeout=20))
+    await asyncio.sleep(0)
+    assert subscription.ack(1)
+    others = [
+        asyncio.create_task(work)
+        for work in (
+            subscription.wait_sent(),
+            subscription.cancel(timeout=20),
+            subscription.aclose(timeout=20),
+        )
+    ]
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not any(task.done() for task in (cancel, *others))
+    assert wire.written == []
+    landed.set()
+    await asyncio.gather(cancel, *others)
+    assert wire.written == [ack_frame(7, 1, multiple=False)], subscription.reason
 
 
 async def test_what_is_settled_is_settled_once() -> None:

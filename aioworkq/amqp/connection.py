@@ -571,7 +571,7 @@ class AmqpConnection:
             channel,
             queue,
             link=link,
-            charges_cancels=self.counts_nacks,
+            charges_returns=self.counts_nacks,
             on_delivery=on_delivery,
         )
         try:

@@ -67,7 +67,7 @@ class AmqpSubscription:
         queue: str,
         *,
         link: Link | None,
-        charges_cancels: bool,
+        charges_returns: bool,
         on_delivery: Callable[[Subscription, Incoming], None],
     ) -> None:
         self._channel = channel
@@ -82,9 +82,11 @@ class AmqpSubscription:
         self._lost = asyncio.Event()
         self._reason = ""
         self._consumer_tag: str | None = None
-        self._charges_cancels = charges_cancels
+        self._charges_returns = charges_returns
         self._prefetch_count = 0
         self._is_holding = False
+        self._no_cancel = asyncio.Event()
+        self._no_cancel.set()
         self._returned = 0
         self._is_flushing = False
         self._closing = channel.closing
@@ -233,6 +235,7 @@ class AmqpSubscription:
 
     async def wait_sent(self) -> None:
         """Wait until all that was settled is written; see the protocol."""
+        await self._no_cancel.wait()  # which may hold it up
         await self._writer.wait_idle()
 
     async def wait_lost(self) -> str:
@@ -243,12 +246,16 @@ class AmqpSubscription:
     async def cancel(self, *, timeout: float) -> None:
         """Ask for no more deliveries, and wait until the broker agrees. Bounded, twice harmless."""
         consumer_tag, self._consumer_tag = self._consumer_tag, None
-        if self._lost.is_set() or consumer_tag is None:
+        if consumer_tag is None:
+            await self._no_cancel.wait()
             return
+        if self._lost.is_set():
+            return
+        self._no_cancel.clear()
         self._returned = 0
         what = "cancelling a consumer"
         try:
-            if self._charges_cancels and not self._is_flushing:
+            if self._charges_returns and not self._is_flushing:
                 await self._let_land(timeout=timeout)
             # With an answer (no nowait): what comes before it is still handed over.
             cancel = self._channel.basic_cancel(consumer_tag)
@@ -260,6 +267,7 @@ class AmqpSubscription:
         finally:
             self._is_holding = False
             self._writer.wake()
+            self._no_cancel.set()
 
     async def _let_land(self, *, timeout: float) -> None:
         """Wait until no delivery is on its way, bounded.
@@ -291,8 +299,8 @@ class AmqpSubscription:
         """Send what is settled, then close the channel. Bounded, twice harmless."""
         if not self._lost.is_set():
             with anyio.CancelScope(shield=True), anyio.move_on_after(timeout):
-                await self._writer.wait_idle()
-                if self._returned >= _QUORUM_COMMANDS:
+                await self.wait_sent()
+                if self._returned >= _QUORUM_COMMANDS and not self._charges_returns:
                     await self._flush(timeout=timeout)
         # Behind a Channel.Close nothing may be settled: RabbitMQ would close the connection.
         self._set_lost("closed by this worker")
@@ -304,7 +312,8 @@ class AmqpSubscription:
         A channel keeps what exceeds its limit of commands to a quorum queue, and forgets it when
         it is closed: RabbitMQ 4.3 would then count these deliveries as failures. To subscribe and
         to cancel are commands that are answered once the queue has executed them, and so all that
-        came before. What is handed over meanwhile, if no other consumer takes it, goes back.
+        came before. What is handed over meanwhile, if no other consumer takes it, goes back; earlier
+        versions would count that, and need none of this.
         """
         self._is_flushing = True
         with contextlib.suppress(WorkQueueError, OSError, RuntimeError, AMQPError):

@@ -10,6 +10,7 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
+import anyio
 import pytest
 
 import aioworkq
@@ -25,7 +26,7 @@ from aioworkq import (
     StateError,
     Worker,
 )
-from aioworkq.message import TRIAL, Message
+from aioworkq.message import ATTEMPTS, TRIAL, Message
 from aioworkq.trials import _mark
 from tests.consuming import eventually
 
@@ -223,6 +224,93 @@ async def failing_cleanup() -> None:
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(child())
         await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+@pytest.mark.parametrize("by_task", [False, True])
+async def test_a_cancelled_worker_starts_no_trial(*, is_batch: bool, by_task: bool) -> None:
+    """A message waits for the others to end, to be tried alone: it goes back unstarted."""
+    broker, bodies = MemoryBroker(), list[object]()
+    worker, scope = Worker(broker), anyio.CancelScope()
+
+    async def handle(body: Any) -> None:
+        bodies.append(body)
+        await asyncio.Event().wait()
+
+    if is_batch:
+        worker.batch_handler("q", max_wait=0)(handle)
+    else:
+        worker.handler("q")(handle)
+
+    async def run() -> None:
+        with scope:
+            await worker.run()
+
+    task = asyncio.create_task(run())
+    await worker.wait_ready()
+    for number in (1, 2):
+        trial = {ATTEMPTS: 3, TRIAL: "one"} if number == 2 else {}
+        broker.node.publish(Message(b"%d" % number, "q", message_id=str(number), headers=trial))
+        await eventually(lambda: len(bodies) == 1)
+    await eventually(lambda: worker.statistics().waiting == 1)
+    (task if by_task else scope).cancel()
+    async with asyncio.timeout(20):
+        await asyncio.wait({task})
+    assert len(bodies) == 1
+    assert broker.counts("q") == (2, 0)
+
+
+@pytest.mark.parametrize("is_batch", [False, True])
+async def test_a_handler_that_changes_its_message_ends_no_worker(*, is_batch: bool) -> None:
+    """Not even while the connection is lost, when the message is looked for under its id."""
+    broker, goes_on = MemoryBroker(clock="virtual"), asyncio.Event()
+    worker = Worker(broker)
+
+    async def change(delivery: aioworkq.Delivery) -> None:
+        await goes_on.wait()
+        delivery.message.message_id = "another"
+
+    if is_batch:
+
+        @worker.batch_handler("q", max_size=1)
+        async def handle_all(_: list[int], deliveries: list[aioworkq.Delivery]) -> None:
+            await change(deliveries[0])
+    else:
+
+        @worker.handler("q")
+        async def handle(_: int, delivery: aioworkq.Delivery) -> None:
+            await change(delivery)
+
+    async with worker, Producer(broker) as producer:
+        await producer.publish("q", 1)
+        await broker.settle()
+        broker.drop_connections("worker")
+        await broker.advance(20)
+        goes_on.set()
+        await broker.advance(20)
+        assert broker.counts("q") == (0, 0)
+
+
+async def test_a_rest_that_somebody_cancels_is_over() -> None:
+    """The task is named as the handlers' are: an application may cancel it with those."""
+    broker, works, done = MemoryBroker(clock="virtual"), False, set[int]()
+    worker = Worker(broker)
+
+    @worker.handler("q", concurrency=2, attempts=None)
+    async def handle(number: int) -> None:
+        if not works:
+            raise LookupError
+        done.add(number)
+
+    async with worker, Producer(broker) as producer:
+        await producer.publish_many("q", range(30))
+        slots = worker._consumers[0]._runs._slots
+        while slots._resting is None or not worker.statistics().waiting:
+            await broker.advance(0.01)
+        works = True
+        slots._resting.cancel()
+        await broker.advance(3600)
+    assert done == set(range(30))
 
 
 @pytest.mark.parametrize("answer", [translated, failing_cleanup])
