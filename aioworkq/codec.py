@@ -160,8 +160,9 @@ class JsonCodec:
         body = _encode_json(value)
         try:
             self._decoder.decode(body)
-        except (msgspec.ValidationError, ValueError, TypeError) as exc:
-            raise TypeError(f"this body is not a valid {self._name}: {exc}.") from exc
+        except Exception as exc:  # msgspec's own, and those of the type's __post_init__
+            what = str(exc) or type(exc).__name__
+            raise TypeError(f"this body is not a valid {self._name}: {what}.") from exc
         return Encoded(body, JSON, "utf-8")
 
     def decode(self, body: bytes, _content_type: str | None) -> Any:
@@ -235,10 +236,11 @@ def _encode_json(value: Any) -> bytes:
         if b"null" in body:
             _refuse_nan(value)
         return body
-    except (TypeError, ValueError, OverflowError) as exc:
-        raise TypeError(f"a body of type {_name(type(value))} cannot be encoded: {exc}.") from exc
     except RecursionError as exc:
         raise ValueError("a body that contains itself cannot be encoded.") from exc
+    except Exception as exc:  # msgspec's own, and those of what serializes a model in it
+        what = str(exc) or type(exc).__name__
+        raise TypeError(f"a body of type {_name(type(value))} cannot be encoded: {what}.") from exc
 
 
 def _refuse_nan(value: Any) -> None:

@@ -168,6 +168,25 @@ def test_a_body_that_contains_itself_is_refused() -> None:
         codec_for(Any).encode(ring)
 
 
+@dataclasses.dataclass
+class Picky:
+    """Looks for its value when it is made of JSON."""
+
+    key: str
+
+    def __post_init__(self) -> None:
+        if self.key == "gone":
+            raise LookupError("no such key")
+
+
+def test_what_a_body_raises_when_it_is_checked_is_a_type_error() -> None:
+    """Whatever it is: `publish_many` goes on with the next one."""
+    body = Picky("there")
+    body.key = "gone"
+    with pytest.raises(TypeError, match="this body is not a valid Picky: no such key"):
+        codec_for(Picky).encode(body)
+
+
 def test_text_of_another_class_is_text() -> None:
     """A value that a handler read off a delivery can be published again."""
 

@@ -7,14 +7,18 @@ import logging
 import os
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from aioworkq import Producer, Queue, UnroutableError, Worker
+from aioworkq import Message, Producer, Queue, UnroutableError, Worker
 from aioworkq.amqp import features
 from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
+from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, encode
+from aioworkq.broker import Confirm
 from tests.consuming import Broker, eventually, headers_of
+from tests.unwired import Unwired
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,3 +141,28 @@ async def test_headers_are_encoded_by_us(broker: Broker, url: str, queue_name: s
         await producer.publish(Queue(queue_name, int), 1, headers={"tenth": 0.1})
     message = await broker.take(queue_name)
     assert headers_of(message)["tenth"] == 0.1
+
+
+async def test_one_that_hangs_among_equal_ids_holds_up_nobody_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The third of three waits for the second, which is not confirmed."""
+    monkeypatch.setattr("aioworkq.amqp.documented._TWIN_PATIENCE", 0.2)
+    unwired, published, outcomes = Unwired(), list[str](), list[Confirm]()
+
+    async def publish(*_: object, routing_key: str, **__: object) -> None:
+        published.append(routing_key)
+        if routing_key == "hung":
+            await asyncio.Event().wait()
+
+    unwired.channel.basic_publish = publish
+    channel = DocumentedPublishChannel(unwired.channel, link=None, frame_max=DEFAULT_FRAME_MAX)
+    for queue in ("fine", "hung", "other"):
+        message = Message(b"", queue, message_id="id")
+        wire = encode(message, frame_max=DEFAULT_FRAME_MAX, max_message_size=10)
+        settle = lambda confirm, _: outcomes.append(confirm)  # noqa: E731
+        channel.send(cast("Any", SimpleNamespace(message=message, wire=wire, settle=settle)))
+    async with asyncio.timeout(20):
+        assert "the same id" in await channel.wait_lost()
+    assert (published, outcomes) == (["fine", "hung"], [Confirm.ACK])
+    assert len(channel.take_unconfirmed()) == 2

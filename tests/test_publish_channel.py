@@ -160,6 +160,20 @@ async def test_what_is_much_goes_out_in_pieces() -> None:
     assert len(line.sizes) == 4, "and nothing empty"
 
 
+async def test_a_late_confirm_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """What was unconfirmed is taken elsewhere by then; only what was never sent is an error."""
+    unwired, outcomes = Unwired(), dict[int, Confirm]()
+    channel = AmqpPublishChannel(unwired.channel, link=unwired.link, frame_max=DEFAULT_FRAME_MAX)
+    for number in range(1, 4):
+        channel.send(Sent(number, outcomes))
+    unwired.receive(spec.Basic.Ack(7))
+    assert "confirmed number 7, which is not in flight" in caplog.text
+    caplog.clear()
+    assert len(channel.take_unconfirmed()) == 3
+    unwired.receive(*(spec.Basic.Ack(number) for number in range(1, 4)))
+    assert (caplog.text, outcomes) == ("", {})
+
+
 @pytest.mark.parametrize("size", [_LARGE, 3 * DEFAULT_FRAME_MAX])
 async def test_a_large_body_goes_out_at_once(size: int) -> None:
     """With what was published before it; what comes after it does not wait for more of its kind."""

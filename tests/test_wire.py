@@ -252,3 +252,11 @@ def test_a_decimal_that_amqp_has_no_room_for_is_refused(text: str) -> None:
     """It is not rounded."""
     with pytest.raises(ValueError, match="AMQP takes a Decimal of 32 bits"):
         encoded(Message(b"", "q", headers={"h": Decimal(text)}))
+
+
+def test_headers_that_contain_themselves_are_refused() -> None:
+    """As any other value that AMQP does not know."""
+    headers: dict[str, Any] = {}
+    headers["own"] = [headers]
+    with pytest.raises(ValueError, match="headers that contain themselves"):
+        encoded(Message(b"", "q", headers=headers))

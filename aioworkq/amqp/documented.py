@@ -76,9 +76,13 @@ class DocumentedPublishChannel(AmqpPublishChannel):
         queue.append(self._number)
         if len(queue) == 1:
             self._publish_soon(message_id)
-        else:
-            loop = asyncio.get_running_loop()
-            loop.call_later(_TWIN_PATIENCE, self._give_up_on, queue, queue[0])
+        elif len(queue) == 2:  # noqa: PLR2004 - the first that waits for another
+            self._watch(queue)
+
+    def _watch(self, queue: deque[int]) -> None:
+        """Have messages wait for the first with their id for some seconds only."""
+        loop = asyncio.get_running_loop()
+        loop.call_later(_TWIN_PATIENCE, self._give_up_on, queue, queue[0])
 
     def _give_up_on(self, queue: deque[int], first: int) -> None:
         """Have all that is unconfirmed sent again elsewhere, if a message still waits for this."""
@@ -107,6 +111,8 @@ class DocumentedPublishChannel(AmqpPublishChannel):
             return
         if queue:
             self._publish_soon(message_id)
+            if len(queue) > 1:
+                self._watch(queue)
         else:
             del self._queues[message_id]
         publication.settle(answer, reason)

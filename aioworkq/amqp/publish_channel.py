@@ -61,6 +61,7 @@ class AmqpPublishChannel:
         self._lost = asyncio.Event()
         self._reason = ""
         self._refusal: Confirm | None = None
+        self._is_taken = False
         self._closing = channel.closing
         self._closing.add_done_callback(self._on_closing)
 
@@ -124,7 +125,8 @@ class AmqpPublishChannel:
     def _settle(self, number: int, confirm: Confirm) -> None:
         publication = self._unconfirmed.pop(number, None)
         if publication is None:
-            _log.error("RabbitMQ confirmed number %d, which is not in flight.", number)
+            if not self._is_taken:  # else it is late: the message goes out again elsewhere
+                _log.error("RabbitMQ confirmed number %d, which is not in flight.", number)
             return
         message_id = publication.message.message_id
         if self._by_message_id.get(message_id) == number:
@@ -172,6 +174,7 @@ class AmqpPublishChannel:
 
     def take_unconfirmed(self) -> list[Publication]:
         """Return what was sent and not answered, in order, and forget it."""
+        self._is_taken = True
         left = list(self._unconfirmed.values())
         self._unconfirmed.clear()
         self._by_message_id.clear()

@@ -312,8 +312,8 @@ class AmqpSubscription:
         A channel keeps what exceeds its limit of commands to a quorum queue, and forgets it when
         it is closed: RabbitMQ 4.3 would then count these deliveries as failures. To subscribe and
         to cancel are commands that are answered once the queue has executed them, and so all that
-        came before. What is handed over meanwhile, if no other consumer takes it, goes back; earlier
-        versions would count that, and need none of this.
+        came before. What is handed over meanwhile, if no other consumer takes it, goes back.
+        Earlier versions would count that, and need none of this.
         """
         self._is_flushing = True
         with contextlib.suppress(WorkQueueError, OSError, RuntimeError, AMQPError):

@@ -162,7 +162,7 @@ def _full_content_header(message: Message) -> bytes:
     flags, values = _content(message.content_type, message.content_encoding)
     if message.headers:
         flags |= 0x2000
-        values += _table(message.headers)
+        values += _headers(message.headers)
     values += b"\x02" if message.persistent else b"\x01"
     if message.priority is not None:
         if not is_whole(message.priority):
@@ -242,6 +242,13 @@ def _content(content_type: str | None, content_encoding: str | None) -> tuple[in
         flags |= 0x4000
         values += _shortstr("content encoding", content_encoding)
     return flags, values
+
+
+def _headers(headers: dict[str, Any]) -> bytes:
+    try:
+        return _table(headers)
+    except RecursionError as exc:
+        raise ValueError("headers that contain themselves cannot be encoded.") from exc
 
 
 def _table(table: dict[str, Any]) -> bytes:
