@@ -349,7 +349,7 @@ class Outbox:
         ):
             return False
         loop = asyncio.get_running_loop()
-        if self._retirement is None and not self._is_retiring:
+        if self._channel is not None and self._retirement is None and not self._is_retiring:
             # It may well be a full queue: ever more seldom.
             self._retirement = loop.call_later(self._refused_pause, self._retire)
             self._refused_pause = min(_BACKOFF_MAX, 2 * self._refused_pause)

@@ -16,7 +16,7 @@ from aioworkq import Message, Producer, Queue, UnroutableError, Worker
 from aioworkq.amqp import features
 from aioworkq.amqp.documented import DocumentedPublishChannel, DocumentedSubscription
 from aioworkq.amqp.wire import DEFAULT_FRAME_MAX, encode
-from aioworkq.broker import Confirm
+from aioworkq.broker import Confirm, Incoming
 from tests.consuming import Broker, eventually, headers_of
 from tests.unwired import Unwired
 
@@ -166,3 +166,21 @@ async def test_one_that_hangs_among_equal_ids_holds_up_nobody_for_long(
         assert "the same id" in await channel.wait_lost()
     assert (published, outcomes) == (["fine", "hung"], [Confirm.ACK])
     assert len(channel.take_unconfirmed()) == 2
+
+
+async def test_an_ack_that_fails_on_an_open_channel_makes_it_useless() -> None:
+    """Acks after it would never be sent: RabbitMQ has to hand everything over again."""
+    unwired = Unwired()
+    unwired.channel.is_closed = False
+
+    async def fail(*_: object) -> None:
+        raise LookupError("a defect")
+
+    unwired.channel.basic_ack = fail
+    subscription = DocumentedSubscription(
+        unwired.channel, "q", link=None, charges_returns=False, on_delivery=lambda *_: None
+    )
+    subscription.deliver(Incoming(Message(b"", "q"), 1, redelivered=False))
+    assert subscription.ack(1)
+    async with asyncio.timeout(20):
+        assert "a defect" in await subscription.wait_lost()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, Any, cast
 
+import pytest
+
 from aioworkq.amqp.reader import Tap
-from aioworkq.amqp.writer import TickWriter
+from aioworkq.amqp.writer import CallWriter, TickWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
 
 class Socket:
@@ -90,3 +93,31 @@ async def test_nothing_is_pushed_into_a_closed_channel() -> None:
         line.writer.push()
         await asyncio.sleep(0)
         assert line.socket.written == []
+
+
+@pytest.mark.parametrize("error", [OSError("gone"), LookupError("a defect")])
+async def test_a_call_that_fails_is_told(error: Exception) -> None:
+    """What should have been called after it never is: whoever relies on the channel must know."""
+    called, failures = list[int](), list[BaseException]()
+
+    async def call(number: int) -> None:
+        called.append(number)
+        if number == 2:
+            raise error
+
+    waiting: list[Callable[[], Coroutine[Any, Any, None]]] = [
+        functools.partial(call, number) for number in (1, 2, 3)
+    ]
+
+    def take() -> list[Callable[[], Coroutine[Any, Any, None]]]:
+        taken, waiting[:] = waiting[:], []
+        return taken
+
+    writer = CallWriter(take, failures.append)
+    writer.wake()
+    await writer.wait_idle()
+    assert (called, failures) == ([1, 2], [error])
+    waiting.append(functools.partial(call, 4))
+    writer.wake()
+    await writer.wait_idle()
+    assert called == [1, 2]

@@ -29,6 +29,7 @@ from pamqp.commands import Basic
 from aioworkq.amqp.decode import message_from
 from aioworkq.amqp.publish_channel import NEGATIVE, AmqpPublishChannel
 from aioworkq.amqp.subscription import AmqpSubscription
+from aioworkq.amqp.translate import describe
 from aioworkq.amqp.wire import Wire, encode, too_large_header
 from aioworkq.amqp.writer import CallWriter
 from aioworkq.broker import Confirm, Incoming
@@ -65,7 +66,7 @@ class DocumentedPublishChannel(AmqpPublishChannel):
         """Prepare to publish: confirms and returns come to each call."""
         self._queues: dict[str, deque[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        return CallWriter(list)
+        return CallWriter(list, lambda _: None)  # there is nothing to be called
 
     def send(self, publication: Publication) -> None:
         """Send without waiting; see the protocol."""
@@ -158,7 +159,11 @@ class DocumentedSubscription(AmqpSubscription):
 
     def attach(self, link: Link | None) -> Writer:  # noqa: ARG002 - there is none
         """Prepare to settle: deliveries come to the consumer's callback."""
-        return CallWriter(self._calls)
+        return CallWriter(self._calls, self._on_failure)
+
+    def _on_failure(self, error: BaseException) -> None:
+        if not self._channel.is_closed:  # else its end tells more
+            self._set_lost(describe(error))
 
     def consumption(self, tag: str, arguments: dict[str, Any]) -> Coroutine[Any, Any, Any]:
         """Return the call that subscribes."""

@@ -6,8 +6,6 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Protocol
 
-from aiormq.exceptions import AMQPError
-
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
@@ -100,10 +98,17 @@ class CallWriter:
 
     Args:
         produce: Returns the calls to be made now; none when there is nothing.
+        on_failure: Called with the error of a call. No further ones are made: what they were about
+            is on a channel that cannot be relied upon.
     """
 
-    def __init__(self, produce: Callable[[], Iterable[Callable[[], Awaitable[None]]]]) -> None:
+    def __init__(
+        self,
+        produce: Callable[[], Iterable[Callable[[], Awaitable[None]]]],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
         self._produce = produce
+        self._on_failure = on_failure
         self._task: asyncio.Task[None] | None = None
         self._idle_waiters: list[asyncio.Future[None]] = []
         self._closed = False
@@ -121,9 +126,10 @@ class CallWriter:
             while not self._closed and (calls := list(self._produce())):
                 for call in calls:
                     await call()
-        except (AMQPError, OSError, RuntimeError) as exc:
+        except Exception as exc:  # nearly always because the channel has ended
             _log.debug("A channel ended before all was sent: %r", exc)
             self._closed = True
+            self._on_failure(exc)
         finally:
             self._task = None
             _release(self._idle_waiters)
