@@ -481,11 +481,11 @@ class Outbox:
         What was cancelled has no deadline any more by which that would be noticed.
         """
         now = self.loop.time()
-        if not self._waiting or not self._holds_half():
+        if not self._holds_half():
             self._stuck_since = math.inf
         elif self._stuck_since == math.inf:
             self._stuck_since = now
-        elif now - self._stuck_since >= _STUCK:
+        elif self._waiting and now - self._stuck_since >= _STUCK:
             self._stuck_since = math.inf
             self._renew()
 
