@@ -407,8 +407,8 @@ class Outbox:
     def _finish(self, publication: Publication, error: WorkQueueError | None) -> None:
         self._resolve(publication)
         publication.done(error)
-        # Only then: who publishes it once more says so before `flush` looks.
-        self._rest_if_idle()
+        if not self._pending:  # only now: who publishes it once more says so before `flush` looks
+            self._rest_if_idle()
 
     def _resolve(self, publication: Publication) -> None:
         publication.is_resolved = True
