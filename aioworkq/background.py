@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import anyio
 
+from aioworkq.errors import StateError
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -74,7 +76,7 @@ class Background:
         task.add_done_callback(self._on_done)
 
     def _on_done(self, task: asyncio.Task[None]) -> None:
-        failed = not task.cancelled() and task.exception() is not None
+        failed = task.cancelled() or task.exception() is not None
         if failed and self._is_body and self._host is not None and not self._host.done():
             self._cancelled_body = True
             self._host.cancel()
@@ -83,7 +85,8 @@ class Background:
         """Stop the worker and wait for its end.
 
         Raises:
-            WorkQueueError: Its error, unless the body raised one of its own.
+            WorkQueueError: Its error, unless the body raised one of its own. `StateError` if its
+                task was cancelled, and the body was not.
         """
         self._is_body = False
         self._worker.stop()
@@ -93,13 +96,20 @@ class Background:
             # The body may have been cancelled by others too: that goes before.
             is_ours = self._host.uncancel() <= self._cancellations
         task = self._task
-        if task is None or task.cancelled():
+        if task is None:
             return
-        error = task.exception()
+        error = task.exception() if not task.cancelled() else self._was_cancelled()
         if error is not None and (
             body_error is None or (is_ours and isinstance(body_error, asyncio.CancelledError))
         ):
             raise error
+
+    def _was_cancelled(self) -> StateError:
+        return StateError(
+            "the worker ended",
+            reason="somebody cancelled its task",
+            advice="Call its stop(), and leave the task named 'aioworkq worker' alone.",
+        )
 
     async def _wait(self) -> None:
         """Wait for the worker's end; a cancellation of the caller stops it at once."""

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final, Generic, Self, TypeVar
 
-from aioworkq.errors import UnroutableError, WorkQueueError
+from aioworkq.errors import ConnectionLostError, UnroutableError, WorkQueueError
 from aioworkq.outbox import Publication
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ class Batch(Generic[T]):
         self._has_room = asyncio.Event()
         self._again: deque[tuple[_Member, UnroutableError]] = deque()
         self._publishing_again: asyncio.Task[None] | None = None
+        self._unreachable: ConnectionLostError | None = None
+        self._left_unreachable = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -187,6 +189,8 @@ class Batch(Generic[T]):
         if not self._delay:
             self._submit_body(body)
             return
+        if self._is_unreachable():
+            return
         try:
             message = self._message_of(body)
             deadline = self._loop.time() + self._timeout
@@ -194,8 +198,22 @@ class Batch(Generic[T]):
             wire = self._outbox.connection.prepare(message)
         except (TypeError, ValueError, WorkQueueError) as exc:
             self._fail(exc)
+            if isinstance(exc, ConnectionLostError):
+                # Those of the same window would have waited as long, all at the same time.
+                self._unreachable = exc
+                self._left_unreachable = self._outbox.window - 1
         else:
+            self._unreachable = None
             self._submit_next(message, wire, deadline)
+
+    def _is_unreachable(self) -> bool:
+        """Whether the next body fails as the last one did, without waiting once more."""
+        lost = self._unreachable
+        if lost is None or not self._left_unreachable or self._outbox.connection.is_connected:
+            return False
+        self._left_unreachable -= 1
+        self._fail(type(lost)(lost.what, reason=lost.reason))
+        return True
 
     def _submit_body(self, body: T) -> None:
         try:
@@ -254,9 +272,8 @@ class Batch(Generic[T]):
             self._give_up(member, error)
 
     def _give_up(self, member: _Member, error: Exception) -> None:
-        if isinstance(error, WorkQueueError):
-            error = self._outbox.truth(member, error)
-        self.report.errors[member.position] = _without_frames(error)
+        truth = self._outbox.truth(member, error)
+        self.report.errors[member.position] = _without_frames(truth)
         self._leave(member)
 
     def _leave(self, member: _Member) -> None:

@@ -7,6 +7,7 @@ as in ``runs.py``: its attempts, its outcome, its pause, its end.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,7 +48,9 @@ class BatchRuns(Runs):
             left = self._time_left()
             if len(self._unstarted) < self._size and left > 0:
                 if self._timer is None:
-                    self._timer = self._tasks.start(self._wait_due(self._unstarted[0], left))
+                    oldest = self._unstarted[0]
+                    self._timer = self._tasks.start(self._wait(left))
+                    self._timer.add_done_callback(functools.partial(self._end_wait, oldest))
                 return
             self._start_batch()
 
@@ -70,14 +73,19 @@ class BatchRuns(Runs):
         left = self._batching.max_wait - waited
         return left if left > _CLOCK_TOLERANCE else 0
 
-    async def _wait_due(self, oldest: Run, seconds: float) -> None:
-        """Wait until the delivery that is the oldest now is due; a batch may take it before."""
-        try:
-            await self._settler.connection.sleep(seconds, until=self._may_go_back)
+    async def _wait(self, seconds: float) -> None:
+        await self._settler.connection.sleep(seconds, until=self._may_go_back)
+
+    def _end_wait(self, oldest: Run, timer: asyncio.Task[None]) -> None:
+        """Take the delivery for due that was the oldest; a batch may have taken it before.
+
+        Unless somebody has cancelled the wait: then another one begins, for the batch must not wait
+        for ever.
+        """
+        self._timer = None
+        if not timer.cancelled():
             oldest.came = None  # due, even if the time of day was set back meanwhile
-        finally:  # whoever cancels tasks that are not his: the batch must not wait for ever
-            self._timer = None
-            self.start_waiting()
+        self.start_waiting()
 
     def _start_batch(self) -> None:
         runs = [self._unstarted.popleft()]
@@ -101,7 +109,7 @@ class BatchRuns(Runs):
 
     async def _process_batch(self, runs: list[Run]) -> None:
         """Bring deliveries to their end: run the handler once, free the slot, settle each."""
-        life = anyio.CancelScope()
+        life = runs[0].life  # which may be cancelled already
         for run in runs:
             run.life = life
         try:

@@ -383,7 +383,7 @@ class Outbox:
         self.not_confirmed += 1
         return NotConfirmedError(message.message_id, queue=message.queue, reason=reason)
 
-    def truth(self, publication: Publication, error: WorkQueueError) -> WorkQueueError:
+    def truth(self, publication: Publication, error: Exception) -> Exception:
         """Return what is true of a publication that failed, or was returned and not sent again.
 
         An error that says that nothing is stored is not, if it was sent before and never answered.
@@ -575,6 +575,7 @@ class Outbox:
         await channel.aclose(timeout=_CLOSE_TIMEOUT)
         left = [one for one in channel.take_unconfirmed() if isinstance(one, Publication)]
         self._sent = self._sent_bytes = self._abandoned = self._abandoned_bytes = 0
+        self._stuck_since = math.inf
         for publication in left:
             publication.is_sent = False
         again = [publication for publication in left if not publication.is_resolved]

@@ -6,10 +6,10 @@ trial of the worker.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable
 
     from aioworkq.broker import Connection
@@ -60,6 +60,7 @@ class Slots:
             and self._resting is None
             and not self._trials.is_on
             and self._tasks.is_guarded
+            and not self._tasks.are_cancelled
         )
 
     def free(self, *, has_failed: bool) -> None:
@@ -67,15 +68,17 @@ class Slots:
         self.used -= 1
         if has_failed and self._pace.is_slowed and not self.used and not self._may_go_back.is_set():
             self._resting = self._tasks.start(self._rest(self._pace.rest()))
+            self._resting.add_done_callback(self._end_of_rest)
 
     async def _rest(self, seconds: float) -> None:
         """Let nothing be started for a moment."""
-        try:
-            await self._connection.sleep(seconds, until=self._may_go_back)
-        finally:  # whoever cancels tasks that are not his: the handler must not rest for ever
-            if self._resting is asyncio.current_task():
-                self._resting = None
-                self._on_end_of_rest()
+        await self._connection.sleep(seconds, until=self._may_go_back)
+
+    def _end_of_rest(self, task: asyncio.Task[None]) -> None:
+        """Go on, even if somebody has cancelled the rest: it must not last for ever."""
+        if self._resting is task:
+            self._resting = None
+            self._on_end_of_rest()
 
     def end_rest(self) -> None:
         """Rest no longer: something succeeded."""

@@ -17,7 +17,7 @@ PACKAGE = Path(aioworkq.__file__).parent
 LAYERS: dict[str, int] = {
     "errors": 0,
     "changes": 0,
-    "background": 0,
+    "background": 1,
     "message": 1,
     "codec": 1,
     "retry": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from yarl import URL
 
@@ -35,6 +35,7 @@ def _parse(text: str) -> URL:
         scheme, host, port = parts.scheme, parts.hostname, parts.port
         url = URL(text)
         _check_at(parts)
+        decoded = unquote(parts.path)
     except ValueError:
         raise ValueError(
             f"the broker's URL cannot be parsed. {_ADVICE}, with special characters of the "
@@ -46,6 +47,15 @@ def _parse(text: str) -> URL:
         raise ValueError(f"the broker's URL has no host. {_ADVICE}.")
     if port == 0:
         raise ValueError(f"the broker's URL has port 0. {_ADVICE}.")
+    segments = parts.path.lower().replace("%2e", ".").split("/")
+    if {".", ".."} & set(segments) or "%2f" in decoded.lower():
+        raise ValueError(
+            "the broker's URL names a virtual host that would be taken for another one: one that "
+            f"is, or has between slashes, a dot or two, or has %2F in its name. {_ADVICE}, with a "
+            "virtual host of another name.",
+        )
+    if url.password == "":
+        raise ValueError(f"the broker's URL has an empty password. {_ADVICE}.")
     heartbeat = url.query.get("heartbeat", "1")
     if not heartbeat.isdecimal() or not 1 <= int(heartbeat) <= _MAX_HEARTBEAT:
         raise ValueError(

@@ -126,10 +126,13 @@ class CallWriter:
             while not self._closed and (calls := list(self._produce())):
                 for call in calls:
                     await call()
-        except Exception as exc:  # nearly always because the channel has ended
-            _log.debug("A channel ended before all was sent: %r", exc)
-            self._closed = True
-            self._on_failure(exc)
+        except BaseException as exc:  # nearly always because the channel has ended
+            if not self._closed:
+                _log.debug("A channel ended before all was sent: %r", exc)
+                self._closed = True
+                self._on_failure(exc)
+            if not isinstance(exc, Exception):
+                raise
         finally:
             self._task = None
             _release(self._idle_waiters)

@@ -260,6 +260,61 @@ async def test_a_cancelled_worker_starts_no_trial(*, is_batch: bool, by_task: bo
     assert broker.counts("q") == (2, 0)
 
 
+async def test_a_worker_whose_task_is_cancelled_by_others_is_told() -> None:
+    """Nobody goes on beside a worker that is dead, whoever killed it."""
+    worker = Worker(MemoryBroker())
+    worker.handler("q")(print)
+    reached = False
+    with pytest.raises(StateError, match="the worker ended: somebody cancelled its task"):
+        async with worker:
+            (task,) = (one for one in asyncio.all_tasks() if one.get_name() == "aioworkq worker")
+            task.cancel()
+            await asyncio.sleep(20)
+            reached = True
+    assert not reached
+    current = asyncio.current_task()
+    assert current is not None
+    assert current.cancelling() == 0
+
+
+@pytest.mark.parametrize("is_resting", [False, True])
+@pytest.mark.parametrize("is_batch", [False, True])
+async def test_the_end_of_the_loop_starts_nothing(*, is_batch: bool, is_resting: bool) -> None:
+    """All tasks are cancelled, in any order: what ends in between makes no room for the next."""
+    before = asyncio.all_tasks()
+    broker, started = MemoryBroker(), list[object]()
+    worker = Worker(broker, grace=1)
+
+    async def handle(body: Any) -> None:
+        started.append(body)
+        if is_resting:
+            raise LookupError
+        await asyncio.Event().wait()
+
+    if is_batch:
+        worker.batch_handler(
+            "q", max_size=1, max_wait=0, concurrency=4, prefetch_count=30, attempts=None
+        )(handle)
+    else:
+        worker.handler("q", concurrency=4, prefetch_count=30, attempts=None)(handle)
+    running = asyncio.create_task(worker.run())
+    await worker.wait_ready()
+    async with Producer(broker) as producer:
+        await producer.publish_many("q", range(30))
+    runs = worker._consumers[0]._runs
+    await eventually(
+        lambda: runs.waiting and (runs._slots._resting is not None if is_resting else started)
+    )
+    first = runs._slots._resting or next(iter(runs._tasks._tasks))
+    count = len(started)
+    tasks = asyncio.all_tasks() - before
+    for task in (first, running, *tasks):
+        task.cancel()
+    async with asyncio.timeout(20):
+        await asyncio.wait(tasks)
+    assert len(started) == count
+
+
 @pytest.mark.parametrize("is_batch", [False, True])
 async def test_a_handler_that_changes_its_message_ends_no_worker(*, is_batch: bool) -> None:
     """Not even while the connection is lost, when the message is looked for under its id."""

@@ -133,7 +133,7 @@ async def test_a_producer_closes_during_an_alarm() -> None:
     broker = MemoryBroker()
     producer = Producer(broker, timeout=0.01)
     await producer.start()
-    await producer.publish("q", 1)
+    await producer.publish("q", 1, timeout=20)
     with broker.alarm():
         assert "queues" not in repr(producer._connection)
         await producer.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
 
 from aioworkq import (
+    ConnectionLostError,
     MemoryBroker,
     NotConfirmedError,
     OutcomeUnknownError,
@@ -170,3 +172,30 @@ async def test_the_loop_is_known_before_anything_is_published() -> None:
 
         await asyncio.to_thread(elsewhere)
         await producer.publish("q", "x")
+
+
+async def test_nobody_waits_longer_for_delayed_messages_than_for_others(
+    broker: MemoryBroker, producer: Producer
+) -> None:
+    """In an outage a window full of messages has its time limit together, not one by one."""
+    with broker.outage():
+        broker.drop_connections()
+        task = asyncio.create_task(producer.publish_many(QUEUE, range(500), delay=1, timeout=0.2))
+        await eventually(task.done)
+        report = await task
+        assert report.failed == 500
+        assert {type(error) for error in report.errors.values()} == {ConnectionLostError}
+        assert len({id(error) for error in report.errors.values()}) == 500
+
+
+async def test_a_window_is_not_taken_for_stuck_because_an_earlier_one_was(
+    broker: MemoryBroker, producer: Producer
+) -> None:
+    """Nobody looked any more when the channel of that one was lost."""
+    outbox = producer._outbox
+    assert outbox is not None
+    outbox._stuck_since = 0.0
+    broker.drop_connections()
+    await broker.advance(10)
+    await producer.publish(QUEUE, 1)
+    assert outbox._stuck_since == math.inf
