@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 import anyio
 
+from aioworkq.background import to_the_end
 from aioworkq.errors import DecodeError, TopologyError, WorkQueueError
 from aioworkq.message import (
     CRASHED,
@@ -123,10 +124,11 @@ class Admission:
             return False
         trial_of = self._attempts if run.needs_trial else None
         self._duplicates.expect_copy(run)
-        with anyio.CancelScope(shield=True):
-            await self._settler.recount(run, trial_of=trial_of)
-        if run.is_settled:
-            self._duplicates.replaced(run)
+        try:
+            await to_the_end(self._settler.recount(run, trial_of=trial_of))
+        finally:
+            if run.is_settled:
+                self._duplicates.replaced(run)
         return run.is_settled
 
     async def _begin_trial(self, run: Run) -> Outcome | None:

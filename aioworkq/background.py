@@ -128,7 +128,7 @@ class Background:
                 task.exception()
 
 
-async def to_the_end(work: Coroutine[Any, Any, None] | asyncio.Task[None]) -> None:
+async def to_the_end(work: Coroutine[Any, Any, object] | asyncio.Task[Any]) -> None:
     """Wait for bounded work that must not be left half done, however often we are cancelled.
 
     AnyIO's shield keeps its own cancellations away, and not those of `asyncio.Task.cancel`.

@@ -96,7 +96,19 @@ class BatchRuns(Runs):
         ):
             runs.append(self._unstarted.popleft())
         self._take_slot(*runs)
-        self._tasks.start(self._process_batch(runs))
+        self._tasks.start(self._process_batch(runs), functools.partial(self._give_up_all, runs))
+
+    def _is_unbegun(self, run: Run) -> bool:
+        return run in self._running and run not in self._finishing
+
+    def _give_up_all(self, runs: list[Run]) -> None:
+        """As `_give_up`, for a batch whose task somebody cancelled before its first step."""
+        if not any(self._is_unbegun(run) for run in runs):
+            return
+        self._slots.free(has_failed=False)
+        for run in runs:
+            self._finish_soon(run, Requeue(counts=False))
+        self.start_waiting()
 
     # Running
 
@@ -234,7 +246,15 @@ class BatchRuns(Runs):
         thread: ThreadCall | None = None,
     ) -> None:
         run.life = anyio.CancelScope()  # of its own from now on
-        self._finishing[run] = self._tasks.start(self._finish(run, outcome, thread))
+        self._finishing[run] = self._tasks.start(
+            self._finish(run, outcome, thread),
+            functools.partial(self._finish_still, run, outcome, thread),
+        )
+
+    def _finish_still(self, run: Run, outcome: Outcome, thread: ThreadCall | None) -> None:
+        """Begin again to settle what somebody cancelled before it began."""
+        if run in self._finishing:
+            self._finish_soon(run, outcome, thread)
 
     async def _finish(self, run: Run, outcome: Outcome, thread: ThreadCall | None) -> None:
         """Settle one delivery, after its pause; let go of it once its thread has ended."""

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
 import anyio
 from msgspec import Struct
 
+from aioworkq.background import to_the_end
 from aioworkq.codec import codec_for
 from aioworkq.connect import connection_to
-from aioworkq.errors import ConnectionLostError, StateError, WorkQueueError
+from aioworkq.errors import ConnectionLostError, StateError, WorkQueueError, is_whole
 from aioworkq.message import (
     ATTEMPTS,
     EXCEPTION_MESSAGE,
@@ -176,6 +177,9 @@ class DeadLetters(Generic[T]):
 
     async def _close(self) -> None:
         self._is_open = False
+        await to_the_end(self._close_all())
+
+    async def _close_all(self) -> None:
         await self._outbox.aclose(timeout=_CLOSE_TIMEOUT)
         await self._connection.aclose(timeout=_CLOSE_TIMEOUT)
 
@@ -193,8 +197,7 @@ class DeadLetters(Generic[T]):
             ConnectionLostError: The connection went away, or RabbitMQ did not answer in time.
             TopologyError: The dead-letter queue does not exist.
         """
-        if limit < 1:
-            raise ValueError(f"limit is {limit}: it must be at least 1.")
+        _check_limit(limit)
         found: list[DeadMessage[T]] = []
 
         async def keep(dead: DeadMessage[T]) -> bool:
@@ -208,8 +211,10 @@ class DeadLetters(Generic[T]):
         """Count dead letters by reason and exception type.
 
         Args:
-            limit: How many of the oldest to look at; None for all.
+            limit: How many of the oldest to look at, from 1; None for all.
         """
+        if limit is not None:
+            _check_limit(limit)
         groups: Counter[DeadLetterGroup] = Counter()
 
         async def count(dead: DeadMessage[T]) -> bool:
@@ -381,7 +386,7 @@ class DeadLetters(Generic[T]):
 
         Bounded, because others may take messages meanwhile.
         """
-        with anyio.move_on_after(_RETURN_TIMEOUT), contextlib.suppress(ConnectionLostError):
+        with anyio.move_on_after(_RETURN_TIMEOUT), contextlib.suppress(WorkQueueError):
             while not await self._has_ready(name, ready):  # noqa: ASYNC110 - a broker's fact
                 await anyio.sleep(_RETURN_POLL)
 
@@ -434,3 +439,8 @@ def _text(value: object) -> str | None:
 
 def _time(value: object) -> datetime | None:
     return value if isinstance(value, datetime) else None
+
+
+def _check_limit(limit: int) -> None:
+    if not is_whole(limit) or limit < 1:
+        raise ValueError(f"limit is {limit!r}: it must be a whole number from 1.")

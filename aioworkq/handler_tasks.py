@@ -34,7 +34,7 @@ class HandlerTasks:
         self._name = name
         self._may_end = may_end
         self._context = contextvars.Context()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], Callable[[], None] | None] = {}
         self._defect: asyncio.Future[None] | None = None
         self._guardian: asyncio.Task[Any] | None = None
         self.is_guarded = False
@@ -44,8 +44,16 @@ class HandlerTasks:
         """Whether the guard is being cancelled, as it is with all tasks when the loop ends."""
         return self._guardian is not None and self._guardian.cancelling() > 0
 
-    def start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Start a task, which takes its first step after this step of the event loop."""
+    def start(
+        self, work: Coroutine[Any, Any, None], if_cancelled: Callable[[], None] | None = None
+    ) -> asyncio.Task[None]:
+        """Start a task, which takes its first step after this step of the event loop.
+
+        Args:
+            work: What it does.
+            if_cancelled: Called when it ends by a cancellation, perhaps before its first step:
+                then nothing of ``work`` has run, not even what is in its ``finally``.
+        """
         # Not by the loop's task factory, which may be eager: this is called between two steps of
         # the loop. Not in the context of who frees a slot: what a handler sets is not for the next.
         task = asyncio.Task(
@@ -54,14 +62,18 @@ class HandlerTasks:
             name=self._name,
             context=self._context.copy(),
         )
-        self._tasks.add(task)
+        self._tasks[task] = if_cancelled
         task.add_done_callback(self._end_of)
         return task
 
     def _end_of(self, task: asyncio.Task[None]) -> None:
         """Hand on what a task raised: it is no error of a handler, but a defect or an exit."""
-        self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
+        if_cancelled = self._tasks.pop(task)
+        if task.cancelled():
+            if if_cancelled is not None:
+                if_cancelled()
+            return
+        if (error := task.exception()) is None:
             return
         if self._defect is not None and not self._defect.done():
             self._defect.set_exception(error)

@@ -162,8 +162,14 @@ def check_outcome(outcome: object, source: str) -> None:
     if inspect.iscoroutine(outcome):
         outcome.close()
     match outcome:
-        case Ack() | DeadLetter():
+        case Ack():
             return
+        case DeadLetter(failure=failure):
+            if failure is not None and not isinstance(failure, Failure):
+                raise TypeError(
+                    f"{source} DeadLetter: its failure is {failure!r:.60}, and must be a Failure. "
+                    "Leave it out: what a handler raises is written down anyway.",
+                )
         case Requeue(pause=seconds) | Retry(delay=seconds):
             check_number(f"{source} {type(outcome).__name__}: its number of seconds", seconds)
             if not seconds >= 0 or (seconds == math.inf and isinstance(outcome, Requeue)):

@@ -87,7 +87,7 @@ class RetryPolicy:
             # As a float, which overflows: a large int would be worked out digit by digit.
             longest = self.first * float(self.factor) ** (attempt - 1)
         except OverflowError:
-            longest = self.max
+            longest = self.max if self.first else 0.0
         return min(self.max, longest) * (1 - self.jitter * spread)
 
     def applies_to(self, exc: Exception) -> bool:

@@ -11,6 +11,7 @@ Where the deliveries come from, and that they come at all, is ``consumer.py``'s.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -236,7 +237,9 @@ class Runs:
             self._take_slot(run)
             await self._process(run)
 
-        self._trying[run] = self._tasks.start(self._trials.run_alone(run, process))
+        self._trying[run] = self._tasks.start(
+            self._trials.run_alone(run, process), functools.partial(self._give_up, run)
+        )
 
     def _start_or_keep(self, run: Run) -> None:
         if self._has_room and not self._unstarted:
@@ -246,7 +249,27 @@ class Runs:
 
     def _start(self, run: Run) -> None:
         self._take_slot(run)
-        self._tasks.start(self._process(run))
+        self._tasks.start(self._process(run), functools.partial(self._give_up, run))
+
+    def _give_up(self, run: Run) -> None:
+        """Give back what a task was started for that somebody cancelled before its first step."""
+        if run in self._trying:
+            del self._trying[run]
+            self._take_slot(run)
+        if self._is_unbegun(run):
+            work = self._finish_unbegun(run)
+            self._tasks.start(work, functools.partial(self._give_up, run))
+
+    def _is_unbegun(self, run: Run) -> bool:
+        """Whether the task of a run has ended, and nobody has seen to it."""
+        return run in self._running
+
+    async def _finish_unbegun(self, run: Run) -> None:
+        try:
+            await self._carry_out(run, Requeue(counts=False))
+        finally:
+            self._slots.free(has_failed=False)
+            self._end(run)
 
     def _take_slot(self, *runs: Run) -> None:
         self._slots.used += 1
@@ -330,6 +353,10 @@ class Runs:
         if isinstance(outcome, Ack):
             self._settled(run, outcome, self._settler.ack(run))
         elif not run.is_settled:
+            if run.is_marked and isinstance(outcome, Requeue):
+                # Before it is back, and another worker finds the mark, as if it had crashed.
+                run.is_marked = False
+                await to_the_end(self._trials.unmark(run.delivery.message))
             await to_the_end(self._settle(run, outcome))
         if run.is_marked:
             await to_the_end(self._trials.unmark(run.delivery.message))
@@ -369,10 +396,12 @@ class Runs:
             self._trying.pop(run).cancel()
         unstarted = [run for run in (*self._unstarted, *trying) if not run.subscription.is_lost]
         self._unstarted.clear()
-        with anyio.CancelScope(shield=True):
-            async with anyio.create_task_group() as tasks:
-                for run in unstarted:
-                    tasks.start_soon(self._give_back, run)
+        await to_the_end(self._give_back_all(unstarted))
+
+    async def _give_back_all(self, runs: list[Run]) -> None:
+        async with anyio.create_task_group() as tasks:
+            for run in runs:
+                tasks.start_soon(self._give_back, run)
 
     async def _give_back(self, run: Run) -> None:
         # As a plain copy a suspect would be one no more: its charges would look like its own.

@@ -7,6 +7,7 @@ leaves the original where it was.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import uuid
@@ -18,7 +19,12 @@ from msgspec import Struct
 
 from aioworkq.delay import MAX_DELAY
 from aioworkq.delays import DelayQueues
-from aioworkq.errors import UnroutableError, WorkQueueError
+from aioworkq.errors import (
+    ConnectionLostError,
+    NotConfirmedError,
+    UnroutableError,
+    WorkQueueError,
+)
 from aioworkq.message import (
     ATTEMPTS,
     FIRST_FAILURE,
@@ -260,7 +266,8 @@ class Settler:
             headers[TRIAL] = uuid.uuid4().hex  # of this copy, and of no equal message
         if not used:
             del headers[ATTEMPTS]
-        return await self._publish(message.copy_to(self._queue.name, headers), timeout=timeout)
+        copy = message.copy_to(self._queue.name, headers)
+        return await self._publish(copy, timeout=timeout, if_refused=_SHORTEST_DELAY)
 
     async def _retry(self, unsettled: Unsettled, outcome: Retry) -> Settled:
         """Let a copy wait in the broker, for an eighth of a second up to a year."""
@@ -351,15 +358,30 @@ class Settler:
         *,
         delay: float = 0.0,
         timeout: float | None = None,
+        if_refused: float = 0.0,
     ) -> bool:
-        """Publish a copy and say whether it is confirmed. Never raises an error."""
+        """Publish a copy and say whether it is confirmed. Never raises an error.
+
+        Args:
+            copy: The copy.
+            delay: Seconds that it waits in the broker.
+            timeout: Seconds that it may take to be confirmed.
+            if_refused: So many seconds it waits there if its queue, which may be full, refuses it.
+                Its original is in this queue: once that is acked, there is room.
+        """
         if timeout is None:
             timeout = _STOPPING_TIMEOUT if self._stopping.is_set() else self._timeout
         reason = "the worker stops"
         with anyio.CancelScope() as scope:
             self._copying.add(scope)
             try:
-                await self._publish_routed(copy, delay, timeout)
+                try:
+                    await self._publish_routed(copy, delay, timeout)
+                except NotConfirmedError:
+                    if not if_refused:
+                        raise
+                    copy.expiration = None  # in a delay queue it would end the delay
+                    await self._publish_routed(copy, if_refused, timeout)
             except (WorkQueueError, ValueError, TypeError) as exc:
                 reason = str(exc)
             else:
@@ -384,7 +406,12 @@ class Settler:
             await self._publish_once(copy, delay, timeout)
 
     async def _publish_once(self, copy: Message, delay: float, timeout: float) -> None:
-        if delay:
-            await self._delays.send_off(copy, delay, self._queue, timeout=timeout)
         deadline = anyio.current_time() + timeout
+        if delay:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._delays.send_off(copy, delay, self._queue, timeout=timeout)
+            except TimeoutError:
+                what = f"declaring the delay queues for queue {self._queue.name!r}"
+                raise ConnectionLostError(what, reason="no answer in time") from None
         await self._outbox.publish(copy, self._outbox.connection.prepare(copy), deadline=deadline)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeAlias, TypeV
 
 from msgspec import Struct
 
+from aioworkq.errors import is_whole
+
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Mapping
@@ -120,10 +122,12 @@ class Queue(Generic[T]):
                     "max_priority is for classic queues: a quorum queue takes none. "
                     "Use type='classic', or leave it out.",
                 )
-            if not 1 <= max_priority <= _MAX_PRIORITY:
-                raise ValueError(f"max_priority is {max_priority}: it must be from 1 to 255.")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length is {max_length}: it must be at least 1.")
+            if not is_whole(max_priority) or not 1 <= max_priority <= _MAX_PRIORITY:
+                raise ValueError(
+                    f"max_priority is {max_priority!r}: it must be a whole number from 1 to 255.",
+                )
+        if max_length is not None and not (is_whole(max_length) and 1 <= max_length < 2**63):
+            raise ValueError(f"max_length is {max_length!r}: it must be a whole number from 1.")
         for attribute, value in (
             ("name", name),
             ("body_type", body_type),

@@ -74,6 +74,7 @@ class Trials:
         self._turn = asyncio.Lock()
         self._last_ended: datetime | None = None
         self._last_took = 0.0
+        self._ended: set[str] = set()
         self._is_over = asyncio.Event()
         self._is_over.set()
 
@@ -165,8 +166,12 @@ class Trials:
         Raises:
             WorkQueueError: It cannot be found out.
         """
+        mark = _mark(message)
+        if mark in self._ended:
+            await self._take_away(mark)
+            return False
         try:
-            await self._connection.count_messages(_mark(message), timeout=self._timeout)
+            await self._connection.count_messages(mark, timeout=self._timeout)
         except TopologyError as exc:
             if exc.code == _NOT_FOUND:
                 return False
@@ -174,11 +179,20 @@ class Trials:
         return True
 
     async def unmark(self, message: Message) -> None:
-        """Take the mark away. It goes by itself after a week, should this fail."""
+        """Take the mark away.
+
+        Should this fail, it goes by itself after a week, and only this worker knows better.
+        """
+        mark = _mark(message)
+        self._ended.add(mark)
         try:
-            await self._connection.delete_queue(_mark(message), timeout=self._timeout)
+            await self._take_away(mark)
         except WorkQueueError as exc:
             _log.warning("The mark of a trial stays for a week: %s", exc)
+
+    async def _take_away(self, mark: str) -> None:
+        await self._connection.delete_queue(mark, timeout=self._timeout)
+        self._ended.discard(mark)
 
 
 def _mark(message: Message) -> str:

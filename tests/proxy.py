@@ -116,7 +116,8 @@ class Proxy:
 
     def cut(self) -> None:
         """Reset (RST) all connections, on both sides."""
-        for task in self._connections.values():
+        for connection, task in self._connections.items():
+            connection.is_cut = True  # its tasks have a step left before they are cancelled
             task.cancel()
         self._connections.clear()
         self._note_change()
@@ -212,6 +213,7 @@ class _Connection:
     def __init__(self, proxy: Proxy, client: socket.socket) -> None:
         self._proxy = proxy
         self._client = client
+        self.is_cut = False
         self._queues: dict[Direction, asyncio.Queue[_Chunk]] = {
             "to_broker": asyncio.Queue(_QUEUE_SIZE),
             "to_client": asyncio.Queue(_QUEUE_SIZE),
@@ -271,7 +273,7 @@ class _Connection:
             else:
                 pieces = stream.feed(chunk.data)
                 out = b"".join(piece.data for piece in pieces if self._passes(direction, piece))
-            if sink is not None and out:
+            if sink is not None and out and not self.is_cut:
                 await loop.sock_sendall(sink, out)
             if not chunk.data:
                 if sink is not None:

@@ -115,7 +115,7 @@ def test_the_longest_name_is_allowed() -> None:
         ({"max_priority": 3}, "for classic queues"),
         ({"max_priority": 0, "type": "classic"}, "from 1 to 255"),
         ({"max_priority": 256, "type": "classic"}, "from 1 to 255"),
-        ({"max_length": 0}, "at least 1"),
+        ({"max_length": 0}, "whole number from 1"),
     ],
 )
 def test_an_option_that_cannot_be_right_is_refused(options: dict[str, Any], sentence: str) -> None:
