@@ -49,7 +49,8 @@ class BatchRuns(Runs):
             if len(self._unstarted) < self._size and left > 0:
                 if self._timer is None:
                     oldest = self._unstarted[0]
-                    self._timer = self._tasks.start(self._wait(left))
+                    wait = self._settler.connection.sleep(left, until=self._may_go_back)
+                    self._timer = self._tasks.start(wait)
                     self._timer.add_done_callback(functools.partial(self._end_wait, oldest))
                 return
             self._start_batch()
@@ -72,9 +73,6 @@ class BatchRuns(Runs):
         waited = max(0, (self._settler.connection.now() - came).total_seconds())
         left = self._batching.max_wait - waited
         return left if left > _CLOCK_TOLERANCE else 0
-
-    async def _wait(self, seconds: float) -> None:
-        await self._settler.connection.sleep(seconds, until=self._may_go_back)
 
     def _end_wait(self, oldest: Run, timer: asyncio.Task[None]) -> None:
         """Take the delivery for due that was the oldest; a batch may have taken it before.

@@ -67,12 +67,9 @@ class Slots:
         """Give a slot back, and rest if nearly everything fails."""
         self.used -= 1
         if has_failed and self._pace.is_slowed and not self.used and not self._may_go_back.is_set():
-            self._resting = self._tasks.start(self._rest(self._pace.rest()))
+            rest = self._connection.sleep(self._pace.rest(), until=self._may_go_back)
+            self._resting = self._tasks.start(rest)
             self._resting.add_done_callback(self._end_of_rest)
-
-    async def _rest(self, seconds: float) -> None:
-        """Let nothing be started for a moment."""
-        await self._connection.sleep(seconds, until=self._may_go_back)
 
     def _end_of_rest(self, task: asyncio.Task[None]) -> None:
         """Go on, even if somebody has cancelled the rest: it must not last for ever."""

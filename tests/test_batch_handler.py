@@ -347,6 +347,27 @@ async def test_a_pause_holds_nobody_up(memory: MemoryBroker) -> None:
         assert batches[2:] == [[0]]
 
 
+async def check_all_fail(memory: MemoryBroker, fail: Callable[[], None], sentence: str) -> None:
+    """Check that a batch fails as a whole, each message with an error that says this."""
+    worker = Worker(memory)
+    errors: list[str] = []
+
+    def decide(exc: Exception, delivery: Delivery) -> Outcome:
+        errors.append(str(exc))
+        return DeadLetter("wrong")
+
+    @worker.batch_handler(NUMBERS, max_size=2, on_error=decide)
+    async def handle(numbers: list[int]) -> None:
+        fail()
+
+    async with Producer(memory) as producer:
+        await publish_all(producer, NUMBERS, range(2))
+    drained = await drain(worker)
+    assert (drained.handled, drained.failed, drained.dead_lettered) == (0, 2, 2)
+    assert len(errors) == 2
+    assert all(sentence in error for error in errors)
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
@@ -373,23 +394,11 @@ async def test_a_wrong_batch_error_loses_nothing(
     memory: MemoryBroker, wrong: Any, sentence: str
 ) -> None:
     """Then every message of the batch fails, and the sentence says what was wrong."""
-    worker = Worker(memory)
-    errors: list[str] = []
 
-    def decide(exc: Exception, delivery: Delivery) -> Outcome:
-        errors.append(str(exc))
-        return DeadLetter("wrong")
-
-    @worker.batch_handler(NUMBERS, max_size=2, on_error=decide)
-    async def handle(numbers: list[int]) -> None:
+    def fail() -> None:
         raise BatchError(wrong)
 
-    async with Producer(memory) as producer:
-        await publish_all(producer, NUMBERS, range(2))
-    drained = await drain(worker)
-    assert (drained.handled, drained.failed, drained.dead_lettered) == (0, 2, 2)
-    assert len(errors) == 2
-    assert all(sentence in error for error in errors)
+    await check_all_fail(memory, fail, sentence)
 
 
 class UnpreparedError(BatchError):
@@ -406,9 +415,10 @@ class Unprintable:
         raise LookupError("no text")
 
 
-def changed(**outcomes: Any) -> BatchError:
+def changed(outcomes: Any) -> BatchError:
+    """Return an error whose outcomes were changed after it was made."""
     error = BatchError({})
-    error.outcomes = outcomes.get("instead", {-1: LookupError("the last one")})
+    error.outcomes = outcomes
     return error
 
 
@@ -416,8 +426,11 @@ def changed(**outcomes: Any) -> BatchError:
     ("error", "sentence"),
     [
         (UnpreparedError(), "has no attribute 'outcomes'"),
-        (changed(instead=None), "has no attribute 'items'"),
-        (changed(), "BatchError names the item -1: positions in the list of bodies count"),
+        (changed(None), "has no attribute 'items'"),
+        (
+            changed({-1: LookupError()}),
+            "BatchError names the item -1: positions in the list of bodies count",
+        ),
         (BatchError({0: cast("Any", Unprintable())}), "no text"),
     ],
     ids=["of an unprepared class", "without a mapping", "changed afterwards", "unprintable"],
@@ -426,22 +439,11 @@ async def test_a_broken_batch_error_ends_no_worker(
     memory: MemoryBroker, error: BatchError, sentence: str
 ) -> None:
     """Every message of the batch fails because of it, none is acked, and the worker goes on."""
-    worker = Worker(memory)
-    errors: list[str] = []
 
-    def decide(exc: Exception, delivery: Delivery) -> Outcome:
-        errors.append(str(exc))
-        return DeadLetter("wrong")
-
-    @worker.batch_handler(NUMBERS, max_size=2, on_error=decide)
-    async def handle(numbers: list[int]) -> None:
+    def fail() -> None:
         raise error
 
-    async with Producer(memory) as producer:
-        await publish_all(producer, NUMBERS, range(2))
-    drained = await drain(worker)
-    assert (drained.handled, drained.failed, drained.dead_lettered) == (0, 2, 2)
-    assert all(sentence in error for error in errors)
+    await check_all_fail(memory, fail, sentence)
 
 
 def test_a_batch_error_keeps_what_it_was_given() -> None:
